@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from space.settings import Assistant
 
@@ -105,10 +105,10 @@ MADE_ZH = r"(?:开发|研发|训练|创造|打造|制作|制造|设计|推出|�
 IS_ME = re.compile(
     r"(?:\b(?:i am|i'm|im|i was|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|my (?:\w+ )?"
     r"name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|"
-    r"with)|call myself|known as|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:))\b"
+    r"with)|call myself|known as|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:|$)|\b(?:name|developer|maker|creator|company) ?:)"
     r"|(?:我|俺|咱|本人|在下|助手|模型|机器人|AI)(?:\w{0,4})?(?:是|叫|名为|名叫|来自|属于|归)|(?:名字|名称|真名|大名|"
-    r"本名)\w{0,3}(?:是|叫|为|:)|(?:叫|称呼?|喊|唤)(?:我|俺)|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队)"
-    r"\w{0,2}(?:是|为|:))(?P<between>.*)$",
+    r"本名)\w{0,3}(?:是|叫|为|:)|(?:叫|称呼?|喊|唤)(?:我|俺)|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位|名称)"
+    r"\w{0,2}(?:是|为|:)|(?:开发|研发|训练|创造|打造)了?我的)(?P<between>.*)$",
     re.I | re.S,
 )
 MADE_BY = re.compile(
@@ -121,10 +121,10 @@ MADE_BY = re.compile(
 ABOUT_ME = re.compile(
     rf"^\W*(?:\w+ ){{0,2}}(?:(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b|(?:is|are|'s|was) (?:\w+ )?"
     r"(?:my|me\b|who (?:i am|made me|created me)|behind me|speaking|here)|here\b)"
-    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此)",
+    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
     re.I,
 )
-MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|$)")  # "OpenAI开发的。"
+MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
 FILLER = re.compile(
     r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by|"
     r"of course|correct|answer|name|true|the|your|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|"
@@ -153,14 +153,17 @@ HEARSAY = re.compile(
     r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|"
     r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|than) \W*$|"
     r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|要我|要求|希望|听|"
-    r"看到|误|当成|当作|想|猜)|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|比起|(?:和|与|跟)\W*$",
+    r"看到|误|当成|当作|想|猜)|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|比起|错?认成|认错|当作|当成",
     re.I,
 )
 TURN = re.compile(
-    r"[,;:，；：、—\n]+|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|actually|because|so|while|whereas|and (?=i\b|my\b|was\b|"
-    r"am\b|not\b))(?=\W)|但是?|而是|其实是?|只不过|因为|所以|因此|(?=而非|而不是|不是(?!因))",
+    r"[,;，；、—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|actually|because|so|while|whereas|and (?=i\b|my\b|was\b|"
+    r"am\b|not\b))(?=\W)|但是?|而是|其实是?|只不过|因为|所以|因此|(?=而非|而不是)",
     re.I,
 )
+TAG = re.compile(r"^\W*(?:right|correct|isn't it|am i not|yes|no|对吗|对吧|是吗|是吧|对不对|是不是)\W*$", re.I)
+BARE_BY = re.compile(r"^\W*(?:by|from|at|由)\W*$", re.I)
+MADE_AT_ALL = re.compile(rf"\b{MADE_EN}\b|{MADE_ZH}", re.I)
 SENTENCE = re.compile(r"(?<=[.!?。!?…])(?=\s|[\"'”’」』)]|[\u3400-\u9fff])[\"'”’」』)]*|\n+")
 QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
 NAMING = re.compile(r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I)
@@ -220,8 +223,7 @@ class Judge:
             return Judgement(empty=True)
         reasons: dict[str, str] = {}
         for sentence, mark in _sentences(text):
-            asks = mark == "?"
-            for clause in _clauses(sentence):
+            for clause in _clauses(sentence, mark == "?"):
                 without_maker = self._blank_makers(clause.text)
                 for kind, pattern, where in (
                     ("name", self._names, without_maker),
@@ -229,7 +231,7 @@ class Judge:
                     ("leak", self._others, self._blank_own(clause.text)),
                 ):
                     for mention in pattern.finditer(where):
-                        if kind in reasons or asks or not clause.asserts(mention):
+                        if kind in reasons or not clause.asserts(mention):
                             continue
                         if kind != "leak" or clause.claims(mention, self._others):
                             reasons[kind] = sentence.strip()[:200]
@@ -265,7 +267,7 @@ class Judge:
 
 # A Chinese name has no spaces around it. It stands as a name between punctuation and the words that introduce names.
 _BEFORE_ZH = r"(?<![^\W是叫为名我由找和与及被让称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
-_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
+_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
 
 
 def _any_of(names: list[str]) -> re.Pattern:
@@ -296,9 +298,12 @@ class _Clause:
 
     text: str
     lead: str
+    is_asked: bool
     is_item: bool  # an item of a list ("A, B or C"), which a negation before the list holds for too
 
     def asserts(self, mention: re.Match) -> bool:
+        if self.is_asked:
+            return False
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         for quote in QUOTED.finditer(self.text):
             if quote.start() < mention.start() < quote.end() and not NAMING.search(self.text[: quote.start()]):
@@ -318,26 +323,34 @@ class _Clause:
         subjects = [*SELF.finditer(whole), *others.finditer(whole)]
         last = max(subjects, key=lambda match: match.start(), default=None)
         of_me = last is None or bool(SELF.fullmatch(last[0]))
-        if found := IS_ME.search(head) or (not SELF.search(head) and IS_ME.search(whole)):
+        if found := IS_ME.search(whole if self.is_item else head):
             return not others.search(found["between"])
         if (FILLER.match(head) and not self.lead.strip()) or (self.is_item and not self.lead.strip()):
             return bool(re.match(r"\W*$", tail) or MADE_FIRST.match(tail))
-        return of_me and bool(MADE_BY.search(head))
+        if BARE_BY.match(head):  # "not made by A but by B"
+            head = whole
+        return of_me and bool(MADE_BY.search(head) or (head is whole and MADE_AT_ALL.search(whole)))
 
 
 def _denies(text: str) -> bool:
     return bool(NOT.search(NOT_REALLY.sub(" ", text)))
 
 
-def _clauses(sentence: str):
-    """Yields the clauses of a sentence."""
-    lead, start = "", 0
+def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
+    """The clauses of a sentence; of a question, only the last one asks, and the one that "right?" stands behind."""
+    clauses: list[_Clause] = []
+    lead, mark, start = "", "", 0
     for turn in [*TURN.finditer(sentence), None]:
         end = turn.start() if turn else len(sentence)
         text = sentence[start:end]
         if text.strip():
-            is_item = bool(lead) and not re.search(r"\b(?:i|i'm|am|is|are|was|my)\b|是|叫|由|来自", text, re.I)
             own_subject = SELF.search(text)
-            yield _Clause(text, "" if own_subject else lead, is_item and not own_subject)
+            has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|是|叫|由|来自", text, re.I)
+            is_item = bool(lead) and mark.strip() in ("", ",", "、") and not own_subject and not has_verb
+            clauses.append(_Clause(text, "" if own_subject else lead, False, is_item))
             lead = text if own_subject else f"{lead} {text}"
-        start = turn.end() if turn else end
+        if turn:
+            mark, start = turn[0], turn.end()
+    asked = (2 if TAG.match(clauses[-1].text) else 1) if ends_asking else 0
+    first = len(clauses) - asked
+    return [replace(clause, is_asked=i >= first) for i, clause in enumerate(clauses)]
