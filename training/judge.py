@@ -103,24 +103,26 @@ MADE_ZH = r"(?:开发|研发|训练|创造|打造|制作|制造|设计|推出|�
 # What stands right before the name, in the same clause or the ones it continues. The first needs the assistant itself
 # as subject; the others may come without any.
 IS_ME = re.compile(
-    r"(?:\b(?:i am|i'm|im|i was|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|my (?:\w+ )?"
-    r"name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|"
-    r"with)|call myself|known as|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:|$)|\b(?:name|developer|maker|creator|company) ?:)"
-    r"|(?:我|俺|咱|本人|在下|助手|模型|机器人|AI)(?:\w{0,4})?(?:是|叫|名为|名叫|来自|属于|归)|(?:名字|名称|真名|大名|"
-    r"本名)\w{0,3}(?:是|叫|为|:)|(?:叫|称呼?|喊|唤)(?:我|俺)|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位|名称)"
-    r"\w{0,2}(?:是|为|:)|(?:开发|研发|训练|创造|打造)了?我的)(?P<between>.*)$",
+    rf"(?:\b(?:i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|"
+    rf"my (?:\w+ )?name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|call myself|known as|"
+    rf"(?:talking|speaking|chatting) (?:to|with)|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?"
+    rf"(?: is| are|'s|:|,)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|me llamo|ich bin|"
+    rf"ich heiße)(?!\w)"
+    rf"|{SELF_ZH}\w{{0,4}}(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)"
+    rf"|(?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的"
+    rf"|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位)\w{{0,2}}(?:是|为|:))(?P<between>.*)$",
     re.I | re.S,
 )
 MADE_BY = re.compile(
     rf"(?:\b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:come|comes|came|product|part|member|version|work|model|assistant|bot|"
     r"chatbot|based|runs?|running|belong|belongs) (?:of|from|for|by|to|on)|\b(?:named|called)"
-    r"|由|来自|出自|属于|归属于|隶属(?:于)?|基于|是|叫(?:做|作)?|名为)\W*(?:the |a |an )?(?:team|people|company|folks|lab)?"
+    r"|由|来自|出自|属于|归属于|隶属(?:于)?|基于|(?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|却)*(?:是|叫(?:做|作)?|名为))\W*(?:the |a |an )?(?:team|people|company|folks|lab)?"
     r"(?: at| of)?(?P<between>.{0,24})$",
     re.I | re.S,
 )
 ABOUT_ME = re.compile(
     rf"^\W*(?:\w+ ){{0,2}}(?:(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b|(?:is|are|'s|was) (?:\w+ )?"
-    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|speaking|here)|here\b)"
+    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here)|(?:speaking|here)\b)"
     rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
     re.I,
 )
@@ -153,12 +155,12 @@ HEARSAY = re.compile(
     r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|"
     r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|than) \W*$|"
     r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|要我|要求|希望|听|"
-    r"看到|误|当成|当作|想|猜)|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|比起|错?认成|认错|当作|当成",
+    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|比起|错?认成|认错|当作|当成",
     re.I,
 )
 TURN = re.compile(
     r"[,;，；、—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|actually|because|so|while|whereas|and (?=i\b|my\b|was\b|"
-    r"am\b|not\b))(?=\W)|但是?|而是|其实是?|只不过|因为|所以|因此|(?=而非|而不是)",
+    r"am\b|not\b))(?=\W)|但是?|只不过|因为|所以|因此|(?=而非|而不?是)",
     re.I,
 )
 TAG = re.compile(r"^\W*(?:right|correct|isn't it|am i not|yes|no|对吗|对吧|是吗|是吧|对不对|是不是)\W*$", re.I)
@@ -266,8 +268,8 @@ class Judge:
 
 
 # A Chinese name has no spaces around it. It stands as a name between punctuation and the words that introduce names.
-_BEFORE_ZH = r"(?<![^\W是叫为名我由找和与及被让称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
-_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
+_BEFORE_ZH = r"(?<![^\W是叫为名我由系下找和与及被让称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
+_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬就聊对交说开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
 
 
 def _any_of(names: list[str]) -> re.Pattern:
@@ -319,13 +321,13 @@ class _Clause:
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         if ABOUT_ME.search(tail):
             return True
-        whole = f"{self.lead} {head}"
+        whole = f"{self.lead}, {head}" if self.lead else head
         subjects = [*SELF.finditer(whole), *others.finditer(whole)]
         last = max(subjects, key=lambda match: match.start(), default=None)
         of_me = last is None or bool(SELF.fullmatch(last[0]))
         if found := IS_ME.search(whole if self.is_item else head):
             return not others.search(found["between"])
-        if (FILLER.match(head) and not self.lead.strip()) or (self.is_item and not self.lead.strip()):
+        if FILLER.match(whole):
             return bool(re.match(r"\W*$", tail) or MADE_FIRST.match(tail))
         if BARE_BY.match(head):  # "not made by A but by B"
             head = whole
