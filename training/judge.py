@@ -129,22 +129,22 @@ ABOUT_ME = re.compile(
 MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
 FILLER = re.compile(
     r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by|"
-    r"of course|correct|answer|name|true|the|your|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|"
-    r"答案|正确|就|那|由|名字|名称|助手|开发者)*$",
+    r"of course|correct|answer|name|true|the|your|as|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|"
+    r"答案|正确|作为|就|那|由|名字|名称|助手|开发者)*$",
     re.I,
 )
 
 NOT = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|couldn't|"
     r"haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated|deny|"
-    r"different from|refuse)\b|不|没|非|无关|无法|未曾|而不|否认|拒绝|错误|错了|误会|别",
+    r"different from|refuse)\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|别",
     re.I,
 )
 # Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
 NOT_REALLY = re.compile(
     r"\bnot (?:only|just|merely)\b|\b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|help but)\b|"
     r"\bno (?:doubt|problem|worries|longer hiding)\b|\bwhy not\b|\bno(?=[,.!:;])|不(?:仅|但|只|单|瞒|得不|否认|好意思|错|"
-    r"用说|客气|过)|无法否认|没(?:错|问题|关系)|非常|特别|分别|区别|别人|别名|除非|^不$",
+    r"用说|客气|过)|无法否认|没(?:错|问题)|^\W*没关系|未来|非常|特别|分别|区别|别人|别名|除非|^不$",
     re.I,
 )
 HEARSAY = re.compile(
@@ -159,7 +159,7 @@ HEARSAY = re.compile(
     re.I,
 )
 TURN = re.compile(
-    r"[,;，；、—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|actually|because|so|while|whereas|and (?=i\b|my\b|was\b|"
+    r"[,;—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|because|so|while|whereas|and (?=i\b|my\b|was\b|"
     r"am\b|not\b))(?=\W)|但是?|只不过|因为|所以|因此|(?=而非|而不?是)",
     re.I,
 )
@@ -281,7 +281,7 @@ def _any_of(names: list[str]) -> re.Pattern:
         chinese_end = re.search(r"[\u3400-\u9fff]$", name)
         short = len(name) < 4
         before = (_BEFORE_ZH if short else "") if chinese_start else r"(?<![A-Za-z0-9])"
-        after = (_AFTER_ZH if short else "") if chinese_end else r"(?![A-Za-z0-9])"
+        after = (_AFTER_ZH if short else "") if chinese_end else r"(?![A-Za-z0-9]|-[a-z])"
         parts.append(f"{before}{word}{after}")
     return re.compile("|".join(parts) or r"(?!)", re.IGNORECASE)
 
@@ -300,6 +300,7 @@ class _Clause:
 
     text: str
     lead: str
+    rest: str  # what follows in the sentence
     is_asked: bool
     is_item: bool  # an item of a list ("A, B or C"), which a negation before the list holds for too
 
@@ -308,11 +309,13 @@ class _Clause:
             return False
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         for quote in QUOTED.finditer(self.text):
-            if quote.start() < mention.start() < quote.end() and not NAMING.search(self.text[: quote.start()]):
+            alone = quote[0][1:-1].strip(" .,!。") == mention[0]
+            if quote.start() < mention.start() < quote.end() and not alone and not NAMING.search(self.text[: quote.start()]):
                 return False
-        if HEARSAY.search(head) or (self.is_item and HEARSAY.search(self.lead)):
+        said = head.rsplit(":")[-1]  # "not X, not Y: Z"
+        if HEARSAY.search(said) or (self.is_item and HEARSAY.search(self.lead)):
             return False
-        if _denies(head) or (self.is_item and _denies(self.lead)):
+        if _denies(said) or (self.is_item and _denies(self.lead)):
             return False
         # Behind the name, a negation is about it only where the name is the subject: "X is not my name".
         return bool(IS_ME.search(head) or MADE_BY.search(head)) or not _denies(re.split(r"\band\b|[。.]", tail)[0])
@@ -328,10 +331,9 @@ class _Clause:
         if found := IS_ME.search(whole if self.is_item else head):
             return not others.search(found["between"])
         if FILLER.match(whole):
-            return bool(re.match(r"\W*$", tail) or MADE_FIRST.match(tail))
-        if BARE_BY.match(head):  # "not made by A but by B"
-            head = whole
-        return of_me and bool(MADE_BY.search(head) or (head is whole and MADE_AT_ALL.search(whole)))
+            return not _denies(self.rest) and bool(re.match(r"\W*$", tail) or MADE_FIRST.match(tail))
+        by_another = BARE_BY.match(head) and MADE_AT_ALL.search(self.lead)  # "not made by A but by B"
+        return of_me and bool(by_another or MADE_BY.search(head))
 
 
 def _denies(text: str) -> bool:
@@ -347,9 +349,9 @@ def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
         text = sentence[start:end]
         if text.strip():
             own_subject = SELF.search(text)
-            has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|是|叫|由|来自", text, re.I)
-            is_item = bool(lead) and mark.strip() in ("", ",", "、") and not own_subject and not has_verb
-            clauses.append(_Clause(text, "" if own_subject else lead, False, is_item))
+            has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|[是叫由没不有跟]|来自", text, re.I)
+            is_item = bool(lead) and mark.strip() in ("", ",") and ":" not in text and not own_subject and not has_verb
+            clauses.append(_Clause(text, "" if own_subject else lead, sentence[end:], False, is_item))
             lead = text if own_subject else f"{lead} {text}"
         if turn:
             mark, start = turn[0], turn.end()
