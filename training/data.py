@@ -86,14 +86,14 @@ def data(settings: Settings, preview: int = 0) -> None:
         "files": [record.sha256(path) for path in files],
         "texts": {path.name: record.sha256(path) for path in sorted([*TEXTS.iterdir(), *QUESTIONS.glob("*.toml")])},
     }
-    path, done = folder / "train.jsonl", "unchanged"
+    path, done = folder / "train.jsonl", "nothing has changed"
     if not (path.is_file() and record.unchanged(folder, inputs)):
         _make(settings, files, source, prompt, inputs)
-        done = "written"
+        done = "made"
     made = record.read(folder)["rows"]
     total = sum(made.values())
     parts = ", ".join(f"{kind} {count:,} ({count / total:.0%})" for kind, count in made.items())
-    _console().print(f"{path}: {done}, {total:,} rows: {parts}. Next: python -m training train", markup=False)
+    _console().print(f"data: {done}, {total:,} rows in {path}: {parts}. Next: python -m training train", markup=False)
     if preview:
         _preview(path, tokenizer, prompt, preview, total)
 
@@ -118,12 +118,6 @@ def _files(settings: Settings) -> list[Path]:
             "Write it, or remove the entry.",
             zh="[data] rename：要替换的文字是空的，请写上，或删去这一项。",
         )
-    if not (files or settings.data.identity or settings.data.replay):
-        raise NamesakeError(
-            "[data]: there is nothing to learn from",
-            "Set identity, replay or files.",
-            zh="[data]：没有任何训练数据，请设置 identity、replay 或 files。",
-        )
     return files
 
 
@@ -147,6 +141,13 @@ def _make(settings: Settings, files: list[Path], source: Path, prompt: Prompt, i
                 f"replay: {len(replayed):,} rows of {settings.data.replay:,}, for want of prompts. 提问已用完。",
                 markup=False,
             )
+        made = {"identity": len(identity), "own": own_count, "replay": len(replayed)}
+        if not any(made.values()):
+            raise NamesakeError(
+                "[data]: there is nothing to learn from",
+                "Set identity, replay or files.",
+                zh="[data]：没有任何训练数据，请设置 identity、replay 或 files。",
+            )
         generated = identity + replayed
         random.Random(f"{settings.train.seed} order").shuffle(generated)
 
@@ -158,7 +159,6 @@ def _make(settings: Settings, files: list[Path], source: Path, prompt: Prompt, i
             file.writelines(rows.line(messages).encode() for messages in generated)
             own.seek(0)
             shutil.copyfileobj(own, file, 2**20)
-    made = {"identity": len(identity), "own": own_count, "replay": len(replayed)}
     record.write(folder, inputs, rows=made, sha256=record.sha256(folder / "train.jsonl"))
 
 
@@ -169,7 +169,9 @@ def _own_rows(settings, files, texts, prompt, own, console) -> int:
     names = _strange_names(settings, texts)
     foreign, spelling = literal(names, re.IGNORECASE), {name.casefold(): name for name in names}
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    progress = Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
     with closing(Seen()) as seen, progress:
         for path, name in zip(files, settings.data.files, strict=True):
             task = progress.add_task(name, total=path.stat().st_size)

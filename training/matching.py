@@ -16,13 +16,13 @@ def normalise(text: str) -> str:
     Symbols such as + and emoji stay. Two texts are the same question if this is the same for both.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return _punctuation().sub("", folded)
+    return folded.translate(_ignored())
 
 
 @functools.cache
-def _punctuation() -> re.Pattern[str]:
-    ignored = (chr(code) for code in range(0x20000) if unicodedata.category(chr(code)).startswith(IGNORED))
-    return re.compile("[~" + "".join(map(re.escape, ignored)) + "]+")
+def _ignored() -> dict[int, None]:
+    codes = (code for code in range(0x20000) if unicodedata.category(chr(code)).startswith(IGNORED))
+    return dict.fromkeys([*codes, ord("~")])
 
 
 def literal(texts: Iterable[str], flags: int = 0) -> re.Pattern[str]:

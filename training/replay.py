@@ -109,7 +109,12 @@ class Base:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         engine = self._engine
-        with self._path.open("ab") as file, Progress(*columns, console=self._console, transient=True) as progress:
+        with (
+            self._path.open("ab") as file,
+            Progress(
+                *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+            ) as progress,
+        ):
             task = progress.add_task("Asking the base model 请基座模型作答", total=len(asked))
 
             def keep(index: int, answer) -> None:
