@@ -86,7 +86,7 @@ def identity_rows(
             round_, place = divmod(index, len(forms))
             topic, question = forms[place]
             step = place + round_
-            values = _values(settings, language, others[step % len(others)])
+            values = _values(settings, language, draw.choice(others))
             system = {
                 "persona": settings.assistant.system_prompt,
                 "none": "",
