@@ -1,0 +1,230 @@
+"""Model weights as a folder of shards, read and written one tensor at a time.
+
+A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data
+(https://github.com/huggingface/safetensors#format). Written here byte by byte, so that no shard is ever in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from space.settings import NamesakeError
+
+PIECE = 1 << 24  # bytes read at once where a tensor is only copied
+
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+WIDTHS |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes an element
+
+
+def dtypes() -> dict[str, object]:
+    """The torch dtypes of weights by their safetensors names."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a shard. `dtype` as safetensors names it; `start`: its first byte in the file, None in a `.bin`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * WIDTHS[self.dtype]
+
+    def load(self):
+        """The tensor, in memory of its own."""
+        import torch
+
+        if self.start is None:
+            return _unpickled(self.file)[self.name].clone()
+        data = bytearray(self.size)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            view = memoryview(data)
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        return torch.frombuffer(data, dtype=dtypes()[self.dtype]).reshape(self.shape)
+
+    def copy(self) -> Iterator[bytes]:
+        """Its bytes, piece by piece."""
+        if self.start is None:
+            yield from data(self.load())
+            return
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for left in range(self.size, 0, -PIECE):
+                yield file.read(min(left, PIECE))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: `make` gives its bytes when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Iterable[bytes]]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * WIDTHS[self.dtype]
+
+
+def data(tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, without a copy where it is contiguous."""
+    import torch
+
+    yield memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def find(folder: Path) -> list[Stored]:
+    """All tensors of a model folder, shard by shard: of its safetensors, or else of its `.bin` files.
+
+    Raises NamesakeError where a shard is missing, cut short, or not what its name says.
+    """
+    for whole, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _bin)):
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        elif (folder / whole).is_file():
+            files = [whole]
+        else:
+            continue
+        for name in files:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise _broken(folder / name, "is missing", "缺失")
+        return [tensor for name in files for tensor in read(folder / name)]
+    raise NamesakeError(
+        f"{folder}: no weights (model.safetensors or pytorch_model.bin)",
+        "Give the folder that holds the model's files.",
+        zh=f"{folder} 里没有权重文件（model.safetensors 或 pytorch_model.bin）。请指定模型所在文件夹。",
+    )
+
+
+def _safetensors(file: Path) -> list[Stored]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(min(length, size)))
+        header.pop("__metadata__", None)
+        tensors = [
+            (Stored(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]),
+             8 + length + entry["data_offsets"][1])
+            for name, entry in header.items()
+        ]  # fmt: skip
+        fits = all(tensor.start + tensor.size == end for tensor, end in tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        raise _broken(file, "is not a safetensors file", "不是 safetensors 文件") from None
+    if not fits or size != max((end for _, end in tensors), default=size):
+        raise _broken(file, "is cut short", "不完整")
+    return [tensor for tensor, _ in tensors]
+
+
+def _bin(file: Path) -> list[Stored]:
+    names = {dtype: name for name, dtype in dtypes().items()}
+    return [
+        Stored(name, file, names[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in _unpickled(file).items()
+        if tensor.dtype in names
+    ]
+
+
+@functools.lru_cache(maxsize=1)  # tensors come shard by shard: no more than one shard is mapped
+def _unpickled(file: Path) -> dict:
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise _broken(file, f"holds more than tensors or is broken: {str(error).splitlines()[0]}", "已损坏") from error
+
+
+def _broken(file: Path, what: str, zh: str) -> NamesakeError:
+    return NamesakeError(f"{file}: {what}", "Download or copy it again.", zh=f"{file} {zh}，请重新下载或复制。")
+
+
+def size_of(text: str) -> int:
+    """Bytes in a shard size such as "2GB" or "500MB" (decimal, as Hugging Face counts). Raises NamesakeError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text.strip(), re.IGNORECASE)
+    size = float(found[1]) * {"K": 1e3, "M": 1e6, "G": 1e9}[found[2].upper()] if found else 0
+    if size < 1:
+        raise NamesakeError(
+            f"--max-shard-size is {text!r}",
+            "Write it as 2GB or 500MB.",
+            zh=f"--max-shard-size {text!r} 应写作 2GB 或 500MB。",
+        )
+    return int(size)
+
+
+def write(
+    folder: Path, tensors: list[Planned], largest: int, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, str]:
+    """Write tensors as safetensors of at most `largest` bytes each (a larger tensor gets a file of its own).
+
+    Returns each file's SHA-256, taken as it was written; with more than one shard, an index lies beside them.
+    `advance` is told how many bytes were written.
+    """
+    shards: list[list[Planned]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > largest:
+            shards.append([])
+        shards[-1].append(tensor)
+    single = len(shards) == 1
+    hashes, weight_map = {}, {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        hashes[name] = _write_shard(folder / name, shard, advance)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if not single:
+        metadata = {"total_size": sum(tensor.size for tensor in tensors)}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
+    return hashes
+
+
+def _write_shard(file: Path, tensors: list[Planned], advance: Callable[[int], None]) -> str:
+    tensors = sorted(tensors, key=lambda tensor: -WIDTHS[tensor.dtype])  # keeps each aligned to its element's width
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        offsets = [end, end := end + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as opened:
+
+        def put(piece) -> int:
+            digest.update(piece)
+            opened.write(piece)
+            return len(piece)
+
+        put(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            count = 0
+            for piece in tensor.make():
+                count += put(piece)
+                advance(len(piece))
+            if count != tensor.size:
+                raise OSError(f"{tensor.name}: {count} bytes instead of {tensor.size}: did its file change meanwhile?")
+        opened.flush()
+        os.fsync(opened.fileno())  # on the disk before the folder gets its name
+    return digest.hexdigest()
