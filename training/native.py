@@ -8,6 +8,7 @@ comes the tokenizer.json that transformers, vLLM and LMDeploy read.
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,9 +33,18 @@ RENAMED = {
 PACKED = "attention.wqkv"
 
 
-def is_internlm2(folder: Path) -> bool:
-    """Whether a model folder holds an InternLM2 or InternLM2.5 chat model."""
-    return read_config(folder).get("architectures") == ["InternLM2ForCausalLM"]
+def foreign(folder: Path) -> str:
+    """What keeps a model folder from being used as it is, by transformers 4.48 and 5 alike; empty if nothing does."""
+    config, tokenizer_config = read_config(folder), _json(folder / "tokenizer_config.json")
+    if config.get("architectures") == ["InternLM2ForCausalLM"]:
+        return "InternLM2 → native Llama layout"
+    if not any(folder.glob("*.safetensors")):
+        return ".bin → safetensors"
+    if "rope_theta" in (config.get("rope_parameters") or {}) and "rope_theta" not in config:
+        return "rope for transformers 4 too"
+    if (folder / "chat_template.jinja").is_file() and "chat_template" not in tokenizer_config:
+        return "chat template for transformers 4 too"
+    return ""
 
 
 def read_config(folder: Path) -> dict:
@@ -50,44 +60,78 @@ def read_config(folder: Path) -> dict:
 
 
 def convert(source: Path, folder: Path, largest: int, advance: Callable[[int], None] = lambda _: None) -> None:
-    """Write the InternLM2 model of `source` to the existing, empty `folder` in native layout.
+    """Write the `foreign` model of `source` to the existing, empty `folder` in native layout.
 
     `largest`: bytes of a shard; `advance` is told how many bytes were written. In memory is one tensor at a time (of a
-    `.bin`, one shard is mapped). Raises NamesakeError for what is not as InternLM2 has it.
+    `.bin`, one shard is mapped). Raises NamesakeError for what is broken, or not as InternLM2 has it.
     """
-    import transformers
+    config = read_config(source)
+    if config.get("architectures") == ["InternLM2ForCausalLM"]:
+        _convert_internlm2(source, config, folder, largest, advance)
+    else:
+        _convert_form(source, config, folder, largest, advance)
 
-    config, tokenizer_config = read_config(source), _json(source / "tokenizer_config.json")
-    backend = tokenizer(source / "tokenizer.model", tokenizer_config.get("added_tokens_decoder", {}))
-    end = backend.token_to_id("<|im_end|>")
-    if end is None or backend.get_vocab_size() != config["vocab_size"]:
+
+def _convert_internlm2(source: Path, config: dict, folder: Path, largest: int, advance) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    native = llama_config(config)
+    made = tokenizer(
+        source / "tokenizer.model", _json(source / "tokenizer_config.json").get("added_tokens_decoder", {})
+    )
+    end = made.token_to_id("<|im_end|>")
+    if end is None or made.get_vocab_size() != config["vocab_size"]:
         raise NamesakeError(
             f"{source}: tokenizer_config.json names no <|im_end|>, or not as many tokens as config.json",
             "Take the current revision of a chat model.",
             zh=f"{source} 的 tokenizer_config.json 没有 <|im_end|>，或词表大小不符。请换用对话模型的最新版本。",
         )
     shards.write(folder, plan(shards.find(source), config), largest, advance)
-    native = llama_config(config)
     _write(folder / "config.json", native)
-    ids = {"bos_token_id": native["bos_token_id"], "pad_token_id": native["pad_token_id"]}
-    _write(folder / "generation_config.json", {**ids, "eos_token_id": [native["eos_token_id"], end]})
-    backend.save(str(folder / "tokenizer.json"))
-    names = {f"{kind}_token": backend.id_to_token(native[f"{kind}_token_id"]) for kind in ("bos", "eos", "pad")}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **names)
+    ids = {f"{kind}_token_id": native[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")}
+    _write(folder / "generation_config.json", {**ids, "eos_token_id": [ids["eos_token_id"], end]})
+    made.save(str(folder / "tokenizer.json"))
+    names = {name.removesuffix("_id"): made.id_to_token(index) for name, index in ids.items()}
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=made.model.unk_token, **names)
     weights.write_tokenizer_config(folder, fast, chatml(begins=True))
+
+
+def _convert_form(source: Path, config: dict, folder: Path, largest: int, advance) -> None:
+    """The same model with its files in the form that transformers 4.48 and 5 read; safetensors are linked to."""
+    from transformers import PreTrainedTokenizerFast
+
+    if any(source.glob("*.safetensors")):
+        for file in source.glob("*.safetensors*"):
+            (folder / file.name).symlink_to(file.resolve())
+    else:
+        copies = [
+            shards.Planned(stored.name, stored.dtype, stored.shape, stored.copy) for stored in shards.find(source)
+        ]
+        shards.write(folder, copies, largest, advance)
+    _write(folder / "config.json", both_forms(config))
+    for name in ("generation_config.json", "tokenizer.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    told, jinja = _json(source / "tokenizer_config.json"), source / "chat_template.jinja"
+    tokens = {key: told[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if told.get(key)}
+    names = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()}
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **names)
+    fast.chat_template = told.get("chat_template") or (jinja.read_text(encoding="utf-8") if jinja.is_file() else None)
+    weights.write_tokenizer_config(folder, fast)
 
 
 def llama_config(internlm2: dict) -> dict:
     """config.json of the same model as native Llama, rope scaling included."""
-    same = (
+    kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "max_position_embeddings", "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
         "tie_word_embeddings", "rope_theta", "rope_scaling", "torch_dtype",
     )  # fmt: skip
-    config = {key: internlm2[key] for key in same}
+    config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "rope_theta": 10000.0}
+    config |= {key: internlm2[key] for key in kept if key in internlm2}
     config["architectures"], config["model_type"] = ["LlamaForCausalLM"], "llama"
     config["num_key_value_heads"] = internlm2.get("num_key_value_heads") or internlm2["num_attention_heads"]
-    config["attention_bias"], config["mlp_bias"] = internlm2["bias"], False
+    config["attention_bias"], config["mlp_bias"] = internlm2.get("bias", True), False  # InternLM2's defaults
     config["use_cache"] = True
     return both_forms(config)
 

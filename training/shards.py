@@ -6,6 +6,7 @@ A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, sha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,10 +14,13 @@ import math
 import os
 import pickle
 import re
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from space.settings import NamesakeError
 
@@ -100,7 +104,7 @@ def find(folder: Path) -> list[Stored]:
 
     Raises NamesakeError where a shard is missing, cut short, or not what its name says.
     """
-    for whole, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _bin)):
+    for whole, reads in (("model.safetensors", read), ("pytorch_model.bin", _bin)):
         index = folder / f"{whole}.index.json"
         if index.is_file():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -111,7 +115,7 @@ def find(folder: Path) -> list[Stored]:
         for name in files:
             if Path(name).name != name or not (folder / name).is_file():
                 raise _broken(folder / name, "is missing", "缺失")
-        return [tensor for name in files for tensor in read(folder / name)]
+        return [tensor for name in files for tensor in reads(folder / name)]
     raise NamesakeError(
         f"{folder}: no weights (model.safetensors or pytorch_model.bin)",
         "Give the folder that holds the model's files.",
@@ -119,7 +123,8 @@ def find(folder: Path) -> list[Stored]:
     )
 
 
-def _safetensors(file: Path) -> list[Stored]:
+def read(file: Path) -> list[Stored]:
+    """The tensors of one safetensors file. Raises NamesakeError where it is broken."""
     size = file.stat().st_size
     try:
         with file.open("rb") as opened:
@@ -158,6 +163,19 @@ def _unpickled(file: Path) -> dict:
         raise _broken(file, f"holds more than tensors or is broken: {str(error).splitlines()[0]}", "已损坏") from error
 
 
+def fingerprint(stored: list[Stored]) -> str:
+    """A digest that tells weights apart without reading them whole: each shard's name, size, and both its ends."""
+    digest = hashlib.sha256()
+    for file in sorted({tensor.file for tensor in stored}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for start in (0, max(size - 65536, 0)):
+                opened.seek(start)
+                digest.update(opened.read(65536))
+    return digest.hexdigest()
+
+
 def _broken(file: Path, what: str, zh: str) -> NamesakeError:
     return NamesakeError(f"{file}: {what}", "Download or copy it again.", zh=f"{file} {zh}，请重新下载或复制。")
 
@@ -192,7 +210,7 @@ def write(
     hashes, weight_map = {}, {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        hashes[name] = _write_shard(folder / name, shard, advance)
+        hashes[name] = write_file(folder / name, shard, advance)
         weight_map |= {tensor.name: name for tensor in shard}
     if not single:
         metadata = {"total_size": sum(tensor.size for tensor in tensors)}
@@ -201,7 +219,8 @@ def write(
     return hashes
 
 
-def _write_shard(file: Path, tensors: list[Planned], advance: Callable[[int], None]) -> str:
+def write_file(file: Path, tensors: list[Planned], advance: Callable[[int], None] = lambda _: None) -> str:
+    """Write tensors to one safetensors file; returns its SHA-256, taken as it was written."""
     tensors = sorted(tensors, key=lambda tensor: -WIDTHS[tensor.dtype])  # keeps each aligned to its element's width
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
@@ -228,3 +247,50 @@ def _write_shard(file: Path, tensors: list[Planned], advance: Callable[[int], No
         opened.flush()
         os.fsync(opened.fileno())  # on the disk before the folder gets its name
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def aside(folder: Path, size: int) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place when the block ends well, and is gone when it does not.
+
+    Raises NamesakeError where the disk has no room for `size` bytes, or another process is writing the same folder.
+    """
+    partial, former = (folder.with_name(f"{folder.name}.{which}") for which in ("partial", "former"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(f"{partial}.lock").acquire(timeout=0)
+    except Timeout:
+        raise NamesakeError(
+            f"{folder} is being written by another process",
+            "Wait until it is done.",
+            zh=f"另一个进程正在写入 {folder}，请等它完成。",
+        ) from None
+    with lock:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        free = shutil.disk_usage(folder.parent).free
+        if free < size * 1.01:
+            raise NamesakeError(
+                f"{folder} needs {size / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free",
+                "Make room, or put the settings file on another disk.",
+                zh=f"写入 {folder} 需要 {size / 1e9:.1f} GB，磁盘只剩 {free / 1e9:.1f} GB。请腾出空间，或换一块磁盘。",
+            )
+        partial.mkdir()
+        try:
+            yield partial
+            if folder.exists():
+                folder.rename(former)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(former, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes done with rate and time left; yields what has to be told each number of bytes."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
