@@ -41,7 +41,11 @@ def convert(settings: Settings, checkpoint: Path | None = None, *, half: bool = 
     plan = _plan(lora or tensors, half)
     with shards.aside(folder, sum(tensor.size for tensor in plan)) as aside:
         if lora:
-            config = adapter_config(lora, described["settings"]["train"], described["base"]["model"])
+            # Without the hub's prefix peft's own loader finds it; the embedded model is on no hub.
+            named = (
+                None if settings.base.model == "embedded" else described["base"]["model"].split(":")[-1].split("@")[0]
+            )
+            config = adapter_config(lora, described["settings"]["train"], named)
             _write(aside / "adapter_config.json", config)
             hashes = {"adapter_model.safetensors": shards.write_file(aside / "adapter_model.safetensors", plan)}
         else:
@@ -97,9 +101,10 @@ def trained_tensors(file: Path) -> dict:
         names = serialization.get_unsafe_globals_in_checkpoint(file)
         with serialization.safe_globals([(_inert(name), name) for name in names]):
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise NamesakeError(
-            f"{file} is not a whole checkpoint of XTuner: {str(error).splitlines()[0][:200]}",
+            f"{file} is not a whole checkpoint of XTuner: {reason}",
             "Take another one with --checkpoint, or run: python -m training train",
             zh=f"{file} 不是完整的 XTuner 检查点。请用 --checkpoint 指定另一个，或重新训练。",
         ) from error
@@ -148,13 +153,16 @@ def _plan(tensors: dict, half: bool) -> list[shards.Planned]:
 
     def planned(name, tensor):
         dtype = "F16" if half else names[tensor.dtype]
-        make = lambda: shards.data(tensor.to(shards.dtypes()[dtype]))  # noqa: E731
+
+        def make():
+            return shards.data(tensor.to(shards.dtypes()[dtype]))
+
         return shards.Planned(name, dtype, tuple(tensor.shape), make)
 
     return [planned(name, tensor) for name, tensor in sorted(tensors.items())]
 
 
-def adapter_config(lora: dict, train: dict, base: str) -> dict:
+def adapter_config(lora: dict, train: dict, base: str | None) -> dict:
     """peft's adapter_config.json for LoRA tensors; rank and adapted modules are read off the tensors themselves.
 
     The keys are those of peft.LoraConfig.

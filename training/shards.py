@@ -159,8 +159,8 @@ def _unpickled(file: Path) -> dict:
 
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise _broken(file, f"holds more than tensors or is broken: {str(error).splitlines()[0]}", "已损坏") from error
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise _broken(file, "holds more than tensors, or is cut short", "不完整，或不只含张量") from error
 
 
 def fingerprint(stored: list[Stored]) -> str:
