@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -45,9 +46,18 @@ def run_with(folder: Path, model, base_name: str = "llama", rank: int = 4, alpha
     return settings, adapted
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    return folder, run_with(folder, llama(folder / "llama", torch.bfloat16))[1]
+
+
 @pytest.fixture
-def run(tmp_path):
-    return run_with(tmp_path, llama(tmp_path / "llama", torch.bfloat16))
+def run(prepared, tmp_path):
+    """A run of its own for each test: its settings, and peft's model of its adapter."""
+    folder, adapted = prepared
+    shutil.copytree(folder, tmp_path / "run")
+    return load(tmp_path / "run/assistant.toml"), copy.deepcopy(adapted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
