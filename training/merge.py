@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ SUMS = "SHA256SUMS"
 def merge(settings: Settings, *, max_shard_size: str = "2GB", folder: Path | None = None) -> Path:
     """Merge work/<run>/adapter/ into the base; returns the merged folder, work/<run>/merged/ unless `folder` is given.
 
-    Sums are float32, stored in the base's own dtype, as peft's merge of a float32 model would be. At any moment one
-    tensor is in memory. The folder appears whole or not at all; only a folder that a merge made is replaced. Raises
-    NamesakeError where adapter and base do not belong together, the base is quantized, or the target is in the way.
+    Sums are float32, stored in the base's own dtype, as peft's merge of a float32 model would be; a few rows of one
+    tensor are in memory at a time. The folder appears whole or not at all; only a folder that a merge made is replaced.
+    Raises NamesakeError where adapter and base do not belong together, the base is quantized, or the target is in use.
     """
     import typer
 
@@ -129,10 +130,12 @@ def _adapted(tensor: shards.Stored, added: Added | None) -> shards.Planned:
         raise _mismatch(f"{tensor.name} is {tensor.shape}, and the adapter's {b.shape} × {a.shape}")
 
     def merged() -> Iterator[memoryview]:
-        total = b.load().float() @ a.load().float()
-        total *= scale
-        total += tensor.load()  # in float32, as `total` is
-        return _checked(total, tensor)
+        right, left = a.load().float(), b.load().float()
+        for rows in tensor.blocks():
+            total = left[rows] @ right
+            total *= scale
+            total += tensor.load(rows)  # in float32, as `total` is
+            yield from _checked(total, tensor)
 
     return _planned(tensor, merged)
 
@@ -140,7 +143,12 @@ def _adapted(tensor: shards.Stored, added: Added | None) -> shards.Planned:
 def _trained(tensor: shards.Stored, trained: shards.Stored | None) -> shards.Planned:
     if not trained or trained.shape != tensor.shape:
         raise _mismatch(f"it has no {tensor.name} of {tensor.shape}")
-    return _planned(tensor, lambda: _checked(trained.load(), tensor))
+
+    def replaced() -> Iterator[memoryview]:
+        for rows in tensor.blocks():
+            yield from _checked(trained.load(rows), tensor)
+
+    return _planned(tensor, replaced)
 
 
 def _planned(tensor: shards.Stored, make: Callable) -> shards.Planned:
@@ -154,8 +162,10 @@ def _planned(tensor: shards.Stored, make: Callable) -> shards.Planned:
 
 
 def _checked(values, tensor: shards.Stored) -> Iterator[memoryview]:
+    import torch
+
     stored = values.to(shards.dtypes()[tensor.dtype])
-    if not stored.isfinite().all():
+    if not math.isfinite(stored.sum(dtype=torch.float32)):  # much faster than a look at each
         raise NamesakeError(
             f"{tensor.name} would hold values that are no numbers in {tensor.dtype}",
             "Train again with a lower [train] rate.",

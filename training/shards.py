@@ -17,6 +17,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from space.settings import NamesakeError
 
-PIECE = 1 << 24  # bytes read at once where a tensor is only copied
+PIECE = 1 << 23  # bytes of a tensor in memory at once, where it need not be whole
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 WIDTHS |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes an element
@@ -52,19 +53,26 @@ class Stored:
         """Its bytes."""
         return math.prod(self.shape) * WIDTHS[self.dtype]
 
-    def load(self):
-        """The tensor, in memory of its own."""
+    def load(self, rows: slice = slice(None)):
+        """The tensor or some of its rows, in memory of its own."""
         import torch
 
         if self.start is None:
-            return _unpickled(self.file)[self.name].clone()
-        data = bytearray(self.size)
+            return _unpickled(self.file)[self.name][rows].clone()
+        first, last, _ = rows.indices(self.shape[0])
+        width = self.size // self.shape[0]
+        data = bytearray((last - first) * width)
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
+            file.seek(self.start + first * width)
             view = memoryview(data)
             while view and (count := file.readinto(view)):
                 view = view[count:]
-        return torch.frombuffer(data, dtype=dtypes()[self.dtype]).reshape(self.shape)
+        return torch.frombuffer(data, dtype=dtypes()[self.dtype]).reshape(-1, *self.shape[1:])
+
+    def blocks(self) -> Iterator[slice]:
+        """Its rows in blocks of some megabytes: small enough for the allocator to use the same memory again."""
+        step = max(PIECE * self.shape[0] // self.size, 1)
+        yield from (slice(first, first + step) for first in range(0, self.shape[0], step))
 
     def copy(self) -> Iterator[bytes]:
         """Its bytes, piece by piece."""
@@ -202,15 +210,21 @@ def write(
     `advance` is told how many bytes were written.
     """
     shards: list[list[Planned]] = [[]]
+    room = largest
     for tensor in tensors:
-        if shards[-1] and sum(other.size for other in shards[-1]) + tensor.size > largest:
+        needs = tensor.size + len(tensor.name) + 128  # with its entry in the header
+        if shards[-1] and needs > room:
             shards.append([])
+            room = largest
         shards[-1].append(tensor)
+        room -= needs
     single = len(shards) == 1
     hashes, weight_map = {}, {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         hashes[name] = write_file(folder / name, shard, advance)
+        with (folder / name).open("rb") as written:
+            os.fsync(written.fileno())  # on the disk before the folder gets its name
         weight_map |= {tensor.name: name for tensor in shard}
     if not single:
         metadata = {"total_size": sum(tensor.size for tensor in tensors)}
@@ -229,23 +243,21 @@ def write_file(file: Path, tensors: list[Planned], advance: Callable[[int], None
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with file.open("wb") as opened:
-
-        def put(piece) -> int:
-            digest.update(piece)
-            opened.write(piece)
-            return len(piece)
-
-        put(struct.pack("<Q", len(text)) + text)
+    # A second thread hashes a piece while this one writes it and makes the next.
+    with file.open("wb") as opened, ThreadPoolExecutor(1) as hasher:
+        head = struct.pack("<Q", len(text)) + text
+        hashing = hasher.submit(digest.update, head)
+        opened.write(head)
         for tensor in tensors:
             count = 0
             for piece in tensor.make():
-                count += put(piece)
+                hashing.result()
+                hashing = hasher.submit(digest.update, piece)
+                opened.write(piece)
+                count += len(piece)
                 advance(len(piece))
             if count != tensor.size:
                 raise OSError(f"{tensor.name}: {count} bytes instead of {tensor.size}: did its file change meanwhile?")
-        opened.flush()
-        os.fsync(opened.fileno())  # on the disk before the folder gets its name
     return digest.hexdigest()
 
 
