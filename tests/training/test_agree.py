@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -111,5 +112,5 @@ def test_a_pack_keeps_each_conversations_ids(settings):
     data = packs.collate([list(rows[:2]), list(rows[2:])])["data"]
     bounds = data["bounds"].flatten().tolist()
     whole = data["input_ids"][0]
-    parts = [whole[begin:stop] for begin, stop in zip(bounds, bounds[1:], strict=False)]
+    parts = [whole[begin:stop] for begin, stop in itertools.pairwise(bounds)]
     assert all(torch.equal(part, torch.from_numpy(row.ids).long()) for part, row in zip(parts, rows, strict=True))
