@@ -105,8 +105,8 @@ def trained_tensors(file: Path) -> dict:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise NamesakeError(
             f"{file} is not a whole checkpoint of XTuner: {reason}",
-            "Take another one with --checkpoint, or run: python -m training train",
-            zh=f"{file} 不是完整的 XTuner 检查点。请用 --checkpoint 指定另一个，或重新训练。",
+            "Run: python -m training train",
+            zh=f"{file} 不是完整的 XTuner 检查点。请重新训练：python -m training train。",
         ) from error
     state = saved.get("state_dict", saved.get("module")) if isinstance(saved, dict) else None
     tensors = {name: tensor for name, tensor in (state or {}).items() if isinstance(tensor, torch.Tensor)}

@@ -50,8 +50,8 @@ def merge(settings: Settings, *, max_shard_size: str = "2GB", folder: Path | Non
     if folder.exists() and not record.read(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise NamesakeError(
             f"{folder} is not empty, and no merge made it",
-            "Move it away, or give another folder.",
-            zh=f"{folder} 不是空文件夹，也不是合并得到的。请移走它，或换一个文件夹。",
+            "Move it away.",
+            zh=f"{folder} 不是空文件夹，也不是合并得到的。请移走它。",
         )
     tensors = plan(stored, adapter, native.read_config(source))
     size = sum(tensor.size for tensor in tensors)
