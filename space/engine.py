@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import queue
 import random
@@ -78,6 +79,7 @@ class Answer:
 
     text: str = ""
     state: str = "waiting"
+    ahead: int = 0  # while waiting: how many answers begin before this one
     tokens_in: int = 0
     tokens_out: int = 0
     first_token: float = 0.0  # seconds from the request to the first token
@@ -135,6 +137,51 @@ class _Watch(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
 
 
+class _Line:
+    """First come, first served: at most `places` hold a place at once, and at most `length` wait for one."""
+
+    def __init__(self, places: int, length: int):
+        self._free, self._length = places, length
+        self._waiting: collections.deque[object] = collections.deque()
+        self._changed = threading.Condition()
+
+    def join(self) -> object:
+        """A ticket at the end of the line. Raises NamesakeError when the line is full."""
+        with self._changed:
+            if not self._free and len(self._waiting) >= self._length:
+                raise NamesakeError(
+                    f"{self._length} visitors are waiting already",
+                    "Try again in a minute.",
+                    zh=f"已有 {self._length} 位访客在排队，请一分钟后再试。",
+                )
+            ticket = object()
+            self._waiting.append(ticket)
+            return ticket
+
+    def wait(self, ticket: object, timeout: float) -> int:
+        """How many are ahead of the ticket after at most `timeout` seconds; 0: it holds a place now."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free and self._waiting[0] is ticket, timeout)
+            if self._free and self._waiting[0] is ticket:
+                self._waiting.popleft()
+                self._free -= 1
+                self._changed.notify_all()
+                return 0
+            return self._waiting.index(ticket) + 1
+
+    def leave(self, ticket: object) -> None:
+        """Give up waiting."""
+        with self._changed:
+            self._waiting.remove(ticket)
+            self._changed.notify_all()
+
+    def free(self) -> None:
+        """Give back a place."""
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
+
+
 @dataclass
 class _Run:
     """One answer being made by a worker thread."""
@@ -149,10 +196,10 @@ class _Run:
 class Engine:
     """Answers conversations with one model; safe to use from several threads.
 
-    `concurrency`: how many answers are made at once; further ones wait their turn.
+    `concurrency`: how many answers are made at once; `queue`: how many more may wait for their turn.
     """
 
-    def __init__(self, model, tokenizer, concurrency: int = 1):
+    def __init__(self, model, tokenizer, concurrency: int = 1, queue: int = 64):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.prompt = Prompt(tokenizer)
         self.context = model.config.max_position_embeddings
@@ -162,7 +209,7 @@ class Engine:
         # A model's own sampling defaults would creep into every call that leaves a value open.
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=pad)
-        self._places = threading.Semaphore(concurrency)
+        self._line = _Line(concurrency, queue)
         self._thread = threading.local()  # .stop: the event of the answer that this thread makes
         for layer in getattr(model.get_decoder(), "layers", ()):
             layer.register_forward_pre_hook(self._leave_if_stopped)
@@ -180,11 +227,17 @@ class Engine:
         started = time.perf_counter()
         fitted = self.prompt.fit(messages, self._room(sampling), resume=resume)
         answer = Answer(tokens_in=len(fitted.ids), dropped=fitted.dropped, context=self.context)
-        while not self._places.acquire(timeout=INTERVAL):
-            if stop.is_set():
-                yield replace(answer, state="stopped")
-                return
-            yield answer
+        ticket = self._line.join()
+        try:
+            while ahead := self._line.wait(ticket, INTERVAL):
+                if stop.is_set():
+                    yield replace(answer, state="stopped")
+                    return
+                yield replace(answer, ahead=ahead)
+            ticket = None
+        finally:
+            if ticket:
+                self._line.leave(ticket)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, timeout=INTERVAL, skip_special_tokens=True)
         run = _Run(_Watch(stop), streamer)
         run.thread = threading.Thread(target=self._work, args=(run, fitted.ids, sampling), name="answer", daemon=True)
@@ -265,7 +318,7 @@ class Engine:
         except BaseException as error:  # it is raised again in the reader's thread
             run.error = error
         finally:
-            self._places.release()
+            self._line.free()
             run.streamer.end()
 
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
@@ -274,7 +327,7 @@ class Engine:
         pad = self.model.generation_config.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with self._places, torch.inference_mode():
+        with torch.inference_mode():
             output = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),

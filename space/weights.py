@@ -116,7 +116,7 @@ def _fetch(source: Source, not_fetched: list[str], *, local: bool = False, progr
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source.name, tqdm_class=counter.tqdm(), **common))
-    if local and NOT_FETCHED == not_fetched:
+    if local and not_fetched == NOT_FETCHED:
         check(folder)  # an interrupted download leaves a folder too
     return folder
 
@@ -408,9 +408,9 @@ class Loader(threading.Thread):
     `status` is always current; once it is ready, `engine` answers.
     """
 
-    def __init__(self, model: Source, adapter: str, load_in: str, concurrency: int):
+    def __init__(self, model: Source, adapter: str, load_in: str, concurrency: int = 1, queue: int = 64):
         super().__init__(name="loader", daemon=True)
-        self._arguments, self._concurrency = (model, adapter, load_in), concurrency
+        self._arguments, self._line = (model, adapter, load_in), (concurrency, queue)
         self.engine = None
         self.status = Status("loading", str(model), Text("正在准备模型……", "Getting the model ready …"))
 
@@ -420,7 +420,7 @@ class Loader(threading.Thread):
             loaded = load(model, adapter, load_in, self._downloading)
             from space.engine import Engine
 
-            self.engine = Engine(loaded.model, loaded.tokenizer, self._concurrency)
+            self.engine = Engine(loaded.model, loaded.tokenizer, *self._line)
             self.status = Status("ready", loaded.name, Text(loaded.how, loaded.how))
         except NamesakeError as error:
             log.error("%s", error)
