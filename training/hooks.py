@@ -209,7 +209,8 @@ class Samples(Hook):
             for question, answer in zip(asked, answers, strict=True):
                 line = {"iteration": runner.iter + 1, "question": question, "answer": answer.text}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                runner.console.print(f"  {question} → {answer.text}", style="dim", markup=False, highlight=False)
+                said = " ".join(answer.text.split())
+                runner.console.print(f"  {question} → {said}", style="dim", markup=False, highlight=False)
 
     def _last(self, runner) -> bool:
         return bool(self.every) and self.is_last_train_iter(runner)

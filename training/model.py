@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from xtuner.model import SupervisedFinetune
 
@@ -21,13 +23,13 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "olmo", "starcoder2")
 
 
 def packed_attention(module, query, key, value, bounds, scaling=None, **_):
-    """Causal attention within each conversation of a pack: transformers' attention interface, (1, heads, tokens, width).
+    """Causal attention within each conversation of a pack: transformers' interface, (1, heads, tokens, width).
 
     `bounds`: int32 (1, 1, 1, conversations + 1), where each conversation begins and the last one ends. It arrives as
     the attention mask, the one argument that every architecture hands on, also through activation checkpointing.
     """
     bounds = bounds.flatten()
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0):
+    if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn
 
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -42,7 +44,7 @@ def packed_attention(module, query, key, value, bounds, scaling=None, **_):
             query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
             is_causal=True, scale=scaling, enable_gqa=True,
         )
-        for begin, end in zip(marks, marks[1:], strict=False)
+        for begin, end in itertools.pairwise(marks)
     ]  # fmt: skip
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
@@ -51,7 +53,13 @@ ALL_ATTENTION_FUNCTIONS["packed"] = packed_attention
 
 
 def base_model(folder: str, precision: str, longest_conversation: int, **options):
-    """The base model with attention for packs. Raises NamesakeError for an architecture that isn't known to be right."""
+    """The base model with attention for packs. Raises NamesakeError for one not known to be right."""
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind not in ARCHITECTURES:
+        raise NamesakeError(
+            f"{folder}: training knows the architectures {', '.join(ARCHITECTURES)}, not {kind}",
+            "Choose another base model.",
+        )
     model = AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=getattr(torch, precision), attn_implementation="packed", use_safetensors=True, **options
     )

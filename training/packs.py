@@ -28,13 +28,23 @@ class Row:
         return int((self.labels[1:] != IGNORED).sum())
 
 
+def data_file(settings: Settings) -> Path:
+    """What the data step wrote. Raises NamesakeError where it has not."""
+    path = settings.work / "data" / "train.jsonl"
+    if not path.is_file():
+        raise NamesakeError(
+            f"{path} is not there",
+            "Run: python -m training data",
+            zh=f"没有 {path}，请先运行 python -m training data。",
+        )
+    return path
+
+
 def rows(settings: Settings) -> tuple[Row, ...]:
     """The conversations of data/train.jsonl as the model will see them: `space.prompt.Prompt`'s ids and labels."""
     from training import base
 
-    path = settings.work / "data" / "train.jsonl"
-    if not path.is_file():
-        raise NamesakeError(f"{path} is not there", "Run: python -m training data")
+    path = data_file(settings)
     return _rows(path, path.stat().st_mtime_ns, base.folder(settings))
 
 
@@ -83,7 +93,7 @@ def pack(lengths: list[int], max_length: int, multiple: int, seed: int) -> list[
 
 
 def dataset(config: str, multiple: int) -> list[list[Row]]:
-    """What XTuner's data loader reads: packs, each a list of rows. `config`: the settings' path; for the rest, `pack`."""
+    """What XTuner's data loader reads: packs, each a list of rows. `config`: the settings' path."""
     from space.settings import load
 
     settings = load(config)

@@ -10,10 +10,11 @@ import json
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from space.settings import NamesakeError, Settings
+from space.settings import NamesakeError, Settings, load
 from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
@@ -26,6 +27,7 @@ class Plan:
     """A run's decisions. `batch` and `accumulate` count packs of [data] max_length tokens, `world` processes."""
 
     method: str
+    device: str  # cuda or cpu
     precision: str  # what is computed in: bfloat16, float16 or float32
     checkpointing: bool
     batch: int
@@ -81,7 +83,7 @@ def checkpoints(settings: Settings) -> Path:
 
 def inputs(settings: Settings, world: int) -> dict:
     """What the result depends on: a run whose inputs have not changed need not be made again."""
-    from training import base
+    from training import base, packs
 
     folder = base.folder(settings)
     weights = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
@@ -90,7 +92,7 @@ def inputs(settings: Settings, world: int) -> dict:
         train.pop(irrelevant)
     return {
         "base": {"model": settings.base.model, "revision": settings.base.revision, "weights": weights},
-        "data": record.sha256(settings.work / "data" / "train.jsonl"),
+        "data": record.sha256(packs.data_file(settings)),
         "max_length": settings.data.max_length,
         "train": train,
         "world": world,
@@ -103,10 +105,18 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "xtuner", "peft")}
 
 
-def plan(settings: Settings) -> Plan:
-    """The plan that the launcher saved, or a new one where XTuner's own command line started this."""
+def configured() -> tuple[str, Settings, Plan, str]:
+    """What XTuner's configuration is made of: the settings' path ($NAMESAKE_CONFIG), settings, plan and base folder.
+
+    The plan is the one that the launcher saved, or a new one where XTuner's own command line started this.
+    """
+    from training import base
+
+    path = os.path.abspath(os.environ.get("NAMESAKE_CONFIG", "assistant.toml"))
+    settings = load(path)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    return saved(settings, inputs(settings, world)) or make(settings, world)
+    plan = saved(settings, inputs(settings, world)) or make(settings, world)
+    return path, settings, plan, str(base.folder(settings))
 
 
 def save(settings: Settings, made: Plan, made_from: dict) -> None:
@@ -118,8 +128,8 @@ def save(settings: Settings, made: Plan, made_from: dict) -> None:
 
 
 def saved(settings: Settings, made_from: dict) -> Plan | None:
-    """The saved plan if it was made from these inputs."""
-    with contextlib.suppress(FileNotFoundError):
+    """The saved plan if it was made from these inputs, and by this version of the program."""
+    with contextlib.suppress(FileNotFoundError, TypeError):
         found = json.loads((checkpoints(settings) / "plan.json").read_text(encoding="utf-8"))
         if found["inputs"] == json.loads(json.dumps(made_from)):
             return Plan(**found["plan"] | {"reasons": tuple(found["plan"]["reasons"])})
@@ -137,7 +147,8 @@ def make(settings: Settings, world: int = 1) -> Plan:
     device, precision, free = _device(reasons)
     if train.method == "qlora" and device != "cuda":
         raise NamesakeError(
-            "[train] method is qlora, and there is no CUDA GPU here", 'Set method = "lora", or "auto" to choose by memory.'
+            "[train] method is qlora, and there is no CUDA GPU here",
+            'Set method = "lora", or "auto" to choose by memory.',
         )
 
     def needs(method: str, checkpointing: bool, batch: int) -> int:
@@ -183,6 +194,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
     trainable = shape.parameters if method == "full" else train.rank * shape.adapted
     return Plan(
         method=method,
+        device=device,
         precision=precision,
         checkpointing=checkpointing,
         batch=batch,
@@ -288,13 +300,11 @@ def seconds(made: Plan, shape: Shape, epochs: float) -> float:
 
     Adapters cost 2 FLOP a parameter and token forward and 2 backward, full training 2 more, checkpointing 2 more.
     """
-    import time
-
     import torch
 
-    cuda = torch.cuda.is_available()
+    cuda = made.device == "cuda"
     size = 4096 if cuda else 1024
-    a = torch.ones(size, size, dtype=getattr(torch, made.precision), device="cuda" if cuda else "cpu")
+    a = torch.ones(size, size, dtype=getattr(torch, made.precision), device=made.device)
     for _ in range(3):  # the first warms up; reading an element waits for a GPU to end
         started = time.perf_counter()
         float((a @ a)[0, 0])

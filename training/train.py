@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -108,7 +109,9 @@ def train(
             "Continue with: python -m training train --resume",
             zh=f"已在第 {done}/{chosen.steps} 步停下，检查点已保存。继续：python -m training train --resume",
         )
-    record.write(folder, made_from, checkpoint=last.name, method=chosen.method, steps=chosen.steps, seed=settings.train.seed)
+    record.write(
+        folder, made_from, checkpoint=last.name, method=chosen.method, steps=chosen.steps, seed=settings.train.seed
+    )
     console.print(f"train 训练: {chosen.steps} steps → {last}. Next 下一步: python -m training convert")
 
 
@@ -128,6 +131,8 @@ def xtuner_train(arguments: list[str]) -> None:
     """
     if str(HERE / "stand_ins") not in sys.path:
         sys.path.append(str(HERE / "stand_ins"))
+    # With accumulation the schedule moves on before the optimizer's first step, as it is meant to.
+    warnings.filterwarnings("ignore", "Detected call of `scheduler.step")
     import torch
     from xtuner.tools import train as xtuner
 

@@ -7,9 +7,6 @@ pictures, are needed for that, or the stand-ins):
         python -m xtuner.tools.train training/xtuner_config.py --work-dir work/assistant/checkpoints
 """
 
-import importlib
-import os
-
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, ParamSchedulerHook
 from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, OptimWrapper
@@ -22,15 +19,11 @@ from training.hooks import Checkpoint, Progress, Samples, Seeds
 from training.model import Finetune, base_model
 from training.packs import collate, dataset
 
-# mmengine turns the imports above into placeholders that it resolves later; what is called here and now comes so.
-config = os.path.abspath(os.environ.get("NAMESAKE_CONFIG", "assistant.toml"))
-settings = importlib.import_module("space.settings").load(config)
-plan = importlib.import_module("training.plan").plan(settings)
-folder = str(importlib.import_module("training.base").folder(settings))
-cuda = importlib.import_module("torch").cuda.is_available()
+# mmengine turns every import statement here into a placeholder that it resolves later; this is called now.
+config, settings, plan, folder = __import__("training.plan").plan.configured()
 
 iterations = plan.steps * plan.accumulate
-warmup = plan.warmup * plan.accumulate
+full = (plan.warmup + 1) * plan.accumulate - 1  # the iteration that applies the first step after warm-up
 
 model = dict(
     type=Finetune,
@@ -81,10 +74,17 @@ optim_wrapper = dict(
 if plan.precision == "float16":
     optim_wrapper |= dict(type=AmpOptimWrapper, dtype="float16", loss_scale="dynamic")
 
-# In iterations, never in epochs: XTuner's own schedule rounds a short epoch's warm-up to nothing and stays at its start.
+# In iterations, not epochs: XTuner's own schedule rounds a short epoch's warm-up to nothing, and the rate never rises.
+# The rate of a step is that of its last iteration, and does not depend on how many iterations a step has.
 param_scheduler = [
-    dict(type=LinearLR, start_factor=1 / (plan.warmup + 1), by_epoch=False, begin=0, end=warmup + 1),
-    dict(type=CosineAnnealingLR, eta_min=0.0, by_epoch=False, begin=warmup, end=iterations),
+    dict(type=LinearLR, start_factor=1 / (full + 1), by_epoch=False, begin=0, end=full + 1),
+    dict(
+        type=CosineAnnealingLR,
+        eta_min=0.0,
+        by_epoch=False,
+        begin=full,
+        end=full + (plan.steps - plan.warmup) * plan.accumulate,
+    ),
 ]
 
 train_cfg = dict(type=TrainLoop, max_iters=iterations)
@@ -112,11 +112,12 @@ model_wrapper_cfg = dict(type="MMDistributedDataParallel", broadcast_buffers=Fal
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend="nccl" if cuda else "gloo"),
+    dist_cfg=dict(backend="nccl" if plan.device == "cuda" else "gloo"),
 )
+experiment_name = f"{settings.train.run}-{__import__('time').time_ns()}"  # mmengine keeps its parts by this name
 randomness = dict(seed=settings.train.seed, deterministic=False)
 log_processor = dict(by_epoch=False)
-log_level = "WARNING"
+log_level = "ERROR"  # mmengine warns of its own deprecations; what matters here is raised
 visualizer = None
 load_from = None
 resume = False
