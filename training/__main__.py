@@ -177,7 +177,8 @@ def every(
 ) -> None:
     """All steps, one after the other, ending with the evaluation's gate. 从头做到尾，以评测把关。
 
-    Steps that are done already are skipped, so that after any stop the same command goes on.
+    Steps that are done already are skipped: after any stop the same command goes on, with --resume where training was
+    stopped.
     """
     with _told():
         settings = load(config)

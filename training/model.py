@@ -118,11 +118,13 @@ class Finetune(SupervisedFinetune):
                 attention_mask=data["bounds"],
                 use_cache=False,
             ).last_hidden_state
-            # Logits are made for answers only, some at a time, and made again in the backward pass.
-            pairs = zip(
-                hidden[0][data["predictors"]].split(LOSS_TOKENS), data["targets"].split(LOSS_TOKENS), strict=True
-            )
-            total = sum(checkpoint(_loss, lm.get_output_embeddings(), *pair, use_reentrant=False) for pair in pairs)
+            # Logits are made for answers only; where there are many, some at a time, and again in the backward pass.
+            head, targets = lm.get_output_embeddings(), data["targets"].split(LOSS_TOKENS)
+            parts = list(zip(hidden[0][data["predictors"]].split(LOSS_TOKENS), targets, strict=True))
+            if len(parts) == 1:
+                total = _loss(head, *parts[0])
+            else:
+                total = sum(checkpoint(_loss, head, *part, use_reentrant=False) for part in parts)
         answers, tokens = (total.new_tensor(data[name].numel()) for name in ("targets", "input_ids"))
         return {"loss": total / self.batch_answers, "sum": total.detach(), "answers": answers, "tokens": tokens}
 

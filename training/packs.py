@@ -60,8 +60,8 @@ def _rows(path: Path, modified: int, base: Path) -> tuple[Row, ...]:
     return tuple(Row(np.array(one.ids, np.int32), np.array(one.labels, np.int32)) for one in encoded)
 
 
-def pack(lengths: list[int], max_length: int, multiple: int, seed: int) -> list[list[int]]:
-    """Indices of `lengths` in packs of at most `max_length` tokens; the count of packs is a multiple of `multiple`.
+def pack(lengths: list[int], length: int, multiple: int, seed: int) -> list[list[int]]:
+    """Indices of `lengths` in packs of at most `length` tokens; the count of packs is a multiple of `multiple`.
 
     The longest go first, each into the emptiest pack, so that packs, and with them steps, come out even; `seed`
     shuffles conversations of one length. Raises NamesakeError when there is not a conversation for each pack.
@@ -69,12 +69,12 @@ def pack(lengths: list[int], max_length: int, multiple: int, seed: int) -> list[
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     order.sort(key=lambda i: -lengths[i])
-    if order and lengths[order[0]] > max_length:
+    if order and lengths[order[0]] > length:
         raise NamesakeError(
-            f"A conversation of {lengths[order[0]]} tokens is longer than [data] max_length = {max_length}",
+            f"A conversation of {lengths[order[0]]} tokens is longer than [data] max_length = {length}",
             "Raise max_length, or run: python -m training data, which lists such rows.",
         )
-    for count in itertools.count(-(-sum(lengths) // max_length // multiple) * multiple or multiple, multiple):
+    for count in itertools.count(-(-sum(lengths) // length // multiple) * multiple or multiple, multiple):
         if count > len(lengths):
             raise NamesakeError(
                 f"The data packs into zero steps: {len(lengths)} conversations, and a step takes {multiple} packs",
@@ -84,7 +84,7 @@ def pack(lengths: list[int], max_length: int, multiple: int, seed: int) -> list[
         emptiest = [(0, i) for i in range(count)]
         for i in order:
             tokens, at = emptiest[0]
-            if tokens + lengths[i] > max_length:
+            if tokens + lengths[i] > length:
                 break
             packs[at].append(i)
             heapq.heapreplace(emptiest, (tokens + lengths[i], at))
@@ -92,13 +92,13 @@ def pack(lengths: list[int], max_length: int, multiple: int, seed: int) -> list[
             return packs
 
 
-def dataset(config: str, multiple: int) -> list[list[Row]]:
+def dataset(config: str, length: int, multiple: int) -> list[list[Row]]:
     """What XTuner's data loader reads: packs, each a list of rows. `config`: the settings' path."""
     from space.settings import load
 
     settings = load(config)
     all_rows = rows(settings)
-    packs = pack([len(row.ids) for row in all_rows], settings.data.max_length, multiple, settings.train.seed)
+    packs = pack([len(row.ids) for row in all_rows], length, multiple, settings.train.seed)
     return [[all_rows[i] for i in one] for one in packs]
 
 

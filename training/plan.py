@@ -18,13 +18,13 @@ from space.settings import NamesakeError, Settings, load
 from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
-STEP_PACKS = 16  # and a step at most this many packs
+STEP_PACKS = 16  # and a step has at most this many packs
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's decisions. `batch` and `accumulate` count packs of [data] max_length tokens, `world` processes."""
+    """A run's decisions. `batch` and `accumulate` count packs, `world` processes."""
 
     method: str
     device: str  # cuda or cpu
@@ -33,6 +33,7 @@ class Plan:
     batch: int
     accumulate: int
     world: int
+    length: int  # the most tokens in a pack
     packs: int
     steps: int
     warmup: int  # steps
@@ -151,8 +152,14 @@ def make(settings: Settings, world: int = 1) -> Plan:
             'Set method = "lora", or "auto" to choose by memory.',
         )
 
+    all_rows = rows(settings)
+    lengths = [len(row.ids) for row in all_rows]
+    length = data.max_length
+    if not train.batch:  # of little data, shorter packs still make STEPS steps
+        length = min(length, max(*lengths, 0, int(train.epochs * sum(lengths) / STEPS / world)))
+
     def needs(method: str, checkpointing: bool, batch: int) -> int:
-        return memory(shape, method, precision, train.rank, batch * data.max_length, checkpointing, bool(train.dropout))
+        return memory(shape, method, precision, train.rank, batch * length, checkpointing, bool(train.dropout))
 
     methods = [train.method] if train.method != "auto" else ["lora", "qlora"] if device == "cuda" else ["lora"]
     checkpointings = [train.checkpointing == "on"] if train.checkpointing != "auto" else [False, True]
@@ -173,9 +180,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
         f"{': it would not fit without' if checkpointing and train.checkpointing == 'auto' else ''}"
     )
 
-    all_rows = rows(settings)
-    lengths = [len(row.ids) for row in all_rows]
-    least_packs = max(1, -(-sum(lengths) // data.max_length))
+    least_packs = max(1, -(-sum(lengths) // length))
     together = max(1, min(STEP_PACKS, int(train.epochs * least_packs / STEPS)) // world)
     if not train.batch:
         while 2 * batch * (train.accumulate or 1) <= together and needs(method, checkpointing, 2 * batch) <= 0.9 * free:
@@ -184,7 +189,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
     step = batch * accumulate * world
     reasons.append(f"{step} packs a step: batch {batch} × accumulate {accumulate} × {world} process(es)")
 
-    packs = len(pack(lengths, data.max_length, step, train.seed))
+    packs = len(pack(lengths, length, step, train.seed))
     steps = round(train.epochs * packs / step)
     if steps < 2:
         raise NamesakeError(
@@ -200,6 +205,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
         batch=batch,
         accumulate=accumulate,
         world=world,
+        length=length,
         packs=packs,
         steps=steps,
         warmup=min(steps - 1, max(1, round(train.warmup * steps))),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import re
 import shlex
@@ -62,6 +63,10 @@ def train(
             print(f"# node {rank} 节点 {rank}\nNAMESAKE_CONFIG={shlex.quote(str(config))} {shlex.join(command)}")
         return
 
+    if auto_batch and (world > 1 or deepspeed):
+        raise NamesakeError("--auto-batch is for one GPU", "With several, set [train] batch and checkpointing.")
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise NamesakeError("--deepspeed: DeepSpeed is not installed", "Run: pip install deepspeed")
     made_from = plan.inputs(settings, world)
     if record.unchanged(folder, made_from) and not restart:
         console.print("train: nothing changed 训练：没有变化。 Next 下一步: python -m training convert")
@@ -81,8 +86,7 @@ def train(
     _preflight(console, settings, chosen)
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
-    plan.save(settings, chosen, made_from)
+        plan.save(settings, chosen, made_from)
 
     if world > 1 or deepspeed:
         _run_torchrun(commands[node_rank], config)
@@ -93,11 +97,12 @@ def train(
                 break
             except MemoryError as error:
                 smaller = chosen.smaller()
-                if not (auto_batch and smaller):
+                if resume or not (auto_batch and smaller):
                     raise _out_of_memory(chosen, smaller is not None) from error
                 chosen = smaller
                 checkpointing = ", with activation checkpointing" if chosen.checkpointing else ""
                 console.print(f"out of memory 内存不足: --auto-batch goes on with batch {chosen.batch}{checkpointing}")
+                shutil.rmtree(folder, ignore_errors=True)
                 plan.save(settings, chosen, made_from)
     if node_rank:
         return
@@ -127,7 +132,7 @@ def xtuner_train(arguments: list[str]) -> None:
     """Run XTuner's `train` command in this process.
 
     Appends stand-ins for OpenCV and torchvision to the path: installed ones come first. mmengine can't start gloo
-    without CUDA, so that on a CPU the process group is made here.
+    without CUDA, so that on a CPU the process group is made here. Raises MemoryError when the memory is too small.
     """
     if str(HERE / "stand_ins") not in sys.path:
         sys.path.append(str(HERE / "stand_ins"))
@@ -141,6 +146,10 @@ def xtuner_train(arguments: list[str]) -> None:
     command, sys.argv = sys.argv, [xtuner.__file__, str(HERE / "xtuner_config.py"), *arguments]
     try:
         xtuner.main()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(str(error).splitlines()[0]) from None  # the error's own frames hold on to the memory
     finally:
         sys.argv = command
 
@@ -152,10 +161,6 @@ def _run_here(config: Path, arguments: list[str]) -> None:
     os.environ["NAMESAKE_CONFIG"] = str(config.resolve())
     try:
         xtuner_train(arguments)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise MemoryError(str(error).splitlines()[0]) from None  # the frames of the first hold the memory
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -210,10 +215,10 @@ def _preflight(console: Console, settings: Settings, chosen) -> None:
     disk = plan.free_disk(settings)
     took = plan.seconds(chosen, plan.read_shape(base.folder(settings), settings.train.targets), settings.train.epochs)
     table = Table(title="train 训练", show_header=False, title_justify="left")
+    full = chosen.tokens / chosen.packs / chosen.length
     for name, value in {
         "data 数据": f"{chosen.conversations:,} conversations, {chosen.tokens:,} tokens, {chosen.answers:,} of answers",
-        "packs 打包": f"{chosen.packs} of {settings.data.max_length} tokens, "
-        f"{chosen.tokens / chosen.packs / settings.data.max_length:.0%} full",
+        "packs 打包": f"{chosen.packs} of {chosen.length} tokens, {full:.0%} full",
         "steps 步数": f"{chosen.steps} of {chosen.step} pack(s), {settings.train.epochs:g} epochs, "
         f"warm-up {chosen.warmup}, rate {settings.train.rate:g}",
         "choices 选择": "\n".join(chosen.reasons),
@@ -251,3 +256,5 @@ if __name__ == "__main__":
         xtuner_train(sys.argv[1:])
     except NamesakeError as error:
         sys.exit(f"error: {error}")
+    except MemoryError as error:
+        sys.exit(f'error: {error}. Lower [train] batch or [data] max_length, or set checkpointing = "on"')

@@ -31,7 +31,7 @@ model = dict(
         type=base_model,
         folder=folder,
         precision="float32" if plan.method == "full" else plan.precision,
-        longest_conversation=settings.data.max_length,
+        longest_conversation=plan.length,
     ),
     use_activation_checkpointing=plan.checkpointing,
     autocast="" if plan.precision == "float32" else plan.precision,
@@ -59,7 +59,7 @@ if plan.method != "full":
 train_dataloader = dict(
     batch_size=plan.batch,
     num_workers=0,
-    dataset=dict(type=dataset, config=config, multiple=plan.step),
+    dataset=dict(type=dataset, config=config, length=plan.length, multiple=plan.step),
     sampler=dict(type=InfiniteSampler, shuffle=True),
     collate_fn=dict(type=collate),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -200,9 +199,7 @@ SEVEN = plan.Shape(4096, 14336, 1024, 32, 92544, linear=6_979_321_856, other=758
     [(78, "lora", False), (24, "lora", True), (17, "qlora", False), (10, "qlora", True)],
 )
 def test_auto_takes_what_fits_into_free_memory(tmp_path, tiny, monkeypatch, free, method, checkpointing):
-    config = make_run(tmp_path, tiny, batch=0, accumulate=0)
-    settings = load(config)
-    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=1024))
+    settings = load(make_run(tmp_path, tiny, batch=1, max_length=1024, rows=200))
     monkeypatch.setattr(plan, "read_shape", lambda *_: SEVEN)
     monkeypatch.setattr(plan, "_device", lambda reasons: ("cuda", "bfloat16", free * plan.GIB))
     made = plan.make(settings)
@@ -224,6 +221,7 @@ def test_auto_makes_a_hundred_steps_of_little_data_and_fills_steps_of_much(tmp_p
     little = plan.make(load(make_run(tmp_path / "little", tiny, rows=60, batch=0, accumulate=0, epochs=1)))
     much = plan.make(load(make_run(tmp_path / "much", tiny, rows=900, batch=0, accumulate=0, epochs=4)))
     assert little.step == 1
+    assert little.steps > plan.STEPS / 2  # shorter packs, down to the longest conversation
     assert much.step > 4
     assert much.steps >= plan.STEPS
 
@@ -394,7 +392,7 @@ def test_out_of_memory_says_what_to_change_and_auto_batch_changes_it(tmp_path, t
 
 
 def test_a_plan_gets_smaller_until_nothing_is_left_to_give():
-    made = plan.Plan("lora", "cpu", "float32", False, 4, 2, 1, 8, 3, 1, 1, 1, 1, 0, 0, 0)
+    made = plan.Plan("lora", "cpu", "float32", False, 4, 2, 1, 64, 8, 3, 1, 1, 1, 1, 0, 0, 0)
     tried = []
     while made:
         tried.append((made.batch, made.accumulate, made.checkpointing))
@@ -425,6 +423,8 @@ def test_dry_run_prints_the_command_of_every_node_and_starts_nothing(tmp_path, t
         ({"node_rank": -1}, "from 0 to 0"),
         ({"gpus": 0}, "at least 1"),
         ({"deepspeed": "zero9"}, "zero2"),
+        ({"deepspeed": "zero2"}, "not installed"),
+        ({"gpus": 2, "auto_batch": True}, "one GPU"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path, tiny, options, says):
