@@ -142,13 +142,14 @@ class Prompt:
     def encode(self, messages: list[Message], *, answer_next: bool = False) -> Encoded:
         """The whole conversation, `clean()`ed; with `answer_next`, ending where the assistant's next answer begins.
 
-        Loss falls on each assistant content and the control token that ends it. The ids before an answer are the same
-        whether the answer is there already (training) or about to be written (serving).
+        Loss falls on each assistant content and the control token that ends it, but not on the end of a message with
+        "cut": true, which a limit on its length ended. The ids before an answer are the same whether the answer is
+        there already (training) or about to be written (serving).
         """
         encoded = Encoded()
         run, loss = "", False  # the text since the last control token, and whether it belongs to an answer
-        for is_content, text, role in self._render(messages, answer_next):
-            if is_content and role == "assistant":
+        for message, text in self._render(messages, answer_next):
+            if message and message["role"] == "assistant":
                 head = self.ids(run)
                 whole = self.ids(run + text)
                 if whole[: len(head)] != head:  # the tokenizer would merge across the answer's beginning
@@ -156,8 +157,8 @@ class Prompt:
                 encoded.add(head, False)
                 encoded.add(whole[len(head) :], True)
                 encoded.answered = len(encoded.ids)
-                run, loss = "", True
-            elif is_content:
+                run, loss = "", not message.get("cut")
+            elif message:
                 run += text
             else:
                 end = 0
@@ -215,7 +216,7 @@ class Prompt:
         return Fitted(encode(dropped), dropped)
 
     def _render(self, messages: list[Message], answer_next: bool):
-        """Yields the rendered template in pieces: (is a content, text, the content's role)."""
+        """Yields the rendered template in pieces: (the message whose content it is, or None; text)."""
         if unknown := {str(message["role"]) for message in messages} - ROLES:  # a role is part of the template's text
             raise NamesakeError(
                 f"Unknown role {min(unknown)!r}",
@@ -237,6 +238,6 @@ class Prompt:
         for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
             if i % 2:
                 message = messages[int(piece)]
-                yield True, message["content"], message["role"]
+                yield message, message["content"]
             elif piece:
-                yield False, piece, ""
+                yield None, piece
