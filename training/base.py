@@ -28,7 +28,7 @@ def base(settings: Settings) -> Path:
     if why:
         stored = shards.find(folder)
         size = sum(tensor.size for tensor in stored)
-        with shards.aside(copy, size) as aside, shards.progress(f"{source}: {why}", size) as advance:
+        with shards.aside(copy, size) as aside, shards.progress(why, size) as advance:
             native.convert(folder, aside, shards.size_of("2GB"), advance)
             record.write(aside, inputs, why=why)
         folder = copy

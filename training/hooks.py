@@ -210,7 +210,9 @@ class Samples(Hook):
                 line = {"iteration": runner.iter + 1, "question": question, "answer": answer.text}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 said = " ".join(answer.text.split())
-                runner.console.print(f"  {question} → {said}", style="dim", markup=False, highlight=False)
+                runner.console.print(
+                    f"  {question} → {said}", style="dim", markup=False, highlight=False, soft_wrap=True
+                )
 
     def _last(self, runner) -> bool:
         return bool(self.every) and self.is_last_train_iter(runner)

@@ -54,11 +54,17 @@ ALL_ATTENTION_FUNCTIONS["packed"] = packed_attention
 
 def base_model(folder: str, precision: str, longest_conversation: int, **options):
     """The base model with attention for packs. Raises NamesakeError for one not known to be right."""
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind not in ARCHITECTURES:
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ARCHITECTURES:
         raise NamesakeError(
-            f"{folder}: training knows the architectures {', '.join(ARCHITECTURES)}, not {kind}",
+            f"{folder}: training knows the architectures {', '.join(ARCHITECTURES)}, not {config.model_type}",
             "Choose another base model.",
+        )
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if window and window < longest_conversation:
+        raise NamesakeError(
+            f"{folder}: its attention reaches back {window} tokens, and conversations may have {longest_conversation}",
+            f"Lower [data] max_length to {window}.",
         )
     model = AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=getattr(torch, precision), attn_implementation="packed", use_safetensors=True, **options

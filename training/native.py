@@ -217,6 +217,12 @@ def tokenizer(model: Path, added: dict):
     pieces, prefix = _read_sentencepiece(model)
     names = [piece.text for piece in pieces]
     kinds = [piece.kind for piece in pieces]
+    if max(map(int, added), default=0) >= len(names):
+        raise NamesakeError(
+            f"{model}: tokenizer_config.json names token {max(map(int, added))}, and it has {len(names)}",
+            "Choose an InternLM2 or InternLM2.5 chat model.",
+            zh=f"{model} 只有 {len(names)} 个 token，tokenizer_config.json 却不止。请选用 InternLM2 对话模型。",
+        )
     for index, token in added.items():
         names[int(index)] = token["content"]
         kinds[int(index)] = UNKNOWN if kinds[int(index)] == UNKNOWN else CONTROL

@@ -77,7 +77,7 @@ class Stored:
     def copy(self) -> Iterator[bytes]:
         """Its bytes, piece by piece."""
         if self.start is None:
-            yield from data(self.load())
+            yield from data(_unpickled(self.file)[self.name])
             return
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)

@@ -19,6 +19,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +61,7 @@ def train(
         raise NamesakeError(f"--node-rank is {node_rank}: with --nodes {nodes} it goes from 0 to {nodes - 1}")
     if dry_run:
         for rank, command in enumerate(commands):
-            print(f"# node {rank} 节点 {rank}\nNAMESAKE_CONFIG={shlex.quote(str(config))} {shlex.join(command)}")
+            typer.echo(f"# node {rank} 节点 {rank}\nNAMESAKE_CONFIG={shlex.quote(str(config))} {shlex.join(command)}")
         return
 
     if auto_batch and (world > 1 or deepspeed):
@@ -69,7 +70,7 @@ def train(
         raise NamesakeError("--deepspeed: DeepSpeed is not installed", "Run: pip install deepspeed")
     made_from = plan.inputs(settings, world)
     if record.unchanged(folder, made_from) and not restart:
-        console.print("train: nothing changed 训练：没有变化。 Next 下一步: python -m training convert")
+        typer.echo("train 训练: nothing has changed 没有变化. Next 下一步: python -m training convert")
         return
     found = plan.saved(settings, made_from)
     if resume and not last:
@@ -117,7 +118,7 @@ def train(
     record.write(
         folder, made_from, checkpoint=last.name, method=chosen.method, steps=chosen.steps, seed=settings.train.seed
     )
-    console.print(f"train 训练: {chosen.steps} steps → {last}. Next 下一步: python -m training convert")
+    typer.echo(f"train 训练: {chosen.steps} steps 步, in {last}. Next 下一步: python -m training convert")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -160,6 +160,12 @@ def test_a_tokenizer_model_of_another_kind_is_refused_in_words(tmp_path, make, s
         native.tokenizer(tmp_path / "tokenizer.model", {})
 
 
+def test_a_token_beyond_the_vocabulary_is_refused_in_words(tmp_path):
+    train_sentencepiece(tmp_path / "tokenizer.model")
+    with pytest.raises(NamesakeError, match="names token 1000, and it has 1000"):
+        native.tokenizer(tmp_path / "tokenizer.model", {"1000": {"content": "<|im_end|>"}})
+
+
 DYNAMIC = {"type": "dynamic", "factor": 2.0}
 
 

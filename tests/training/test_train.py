@@ -173,6 +173,12 @@ def test_an_architecture_that_is_not_known_to_be_right_is_refused(tmp_path):
         model.base_model(str(tmp_path), "float32", 64)
 
 
+def test_an_attention_window_shorter_than_a_conversation_is_refused(tmp_path):
+    small("mistral", sliding_window=16).save_pretrained(tmp_path)
+    with pytest.raises(NamesakeError, match="max_length to 16"):
+        model.base_model(str(tmp_path), "float32", 64)
+
+
 def test_bfloat16_computes_nearly_the_same_without_widening_the_base():
     from peft import LoraConfig
 
@@ -268,9 +274,9 @@ def test_a_run_learns_warms_up_to_the_full_rate_and_leaves_what_the_next_step_re
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     asked = [json.loads(line)["question"] for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert set(asked) == set(hooks.questions(load(config)))
-    said = capsys.readouterr().err
-    assert "Next 下一步: python -m training convert" in said
-    assert "method lora" in said
+    said = capsys.readouterr()
+    assert said.out.endswith("Next 下一步: python -m training convert\n")
+    assert "method lora" in said.err
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path, tiny):
@@ -320,7 +326,7 @@ def test_a_finished_run_is_left_alone_until_something_changes(tmp_path, tiny, ca
     run(config)
     made = last_checkpoint(tmp_path / "work" / "assistant" / "checkpoints").stat().st_mtime_ns
     run(config)
-    assert "nothing changed" in capsys.readouterr().err
+    assert "nothing has changed" in capsys.readouterr().out
     assert last_checkpoint(tmp_path / "work" / "assistant" / "checkpoints").stat().st_mtime_ns == made
     config.write_text(config.read_text().replace("rank = 4", "rank = 2"))
     run(config)
