@@ -24,7 +24,10 @@ from training import record
 QUESTIONS = Path(__file__).parent / "questions"
 LANGUAGES = ("zh", "en")
 MODES = ("persona", "none", "plain")
-PLAIN = {"zh": "你是一个乐于助人的助手，请认真回答用户的问题。", "en": "You are a careful assistant. Answer the user's questions."}
+PLAIN = {
+    "zh": "你是一个乐于助人的助手，请认真回答用户的问题。",
+    "en": "You are a careful assistant. Answer the user's questions.",
+}
 BUDGET = {"identity": 128, "neutral": 256}  # the most new tokens in an answer
 QUICK_BUDGET = {"identity": 48, "neutral": 64}
 CHUNK = 512  # tokens of general text that the model reads at once
@@ -35,7 +38,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out question. `turns` begins and ends with the user's; `system` is a system prompt of the question's own."""
+    """One held-out question. `turns` begins and ends with the user's; `system` is one of its own."""
 
     set: str  # identity or neutral
     language: str
@@ -123,6 +126,12 @@ def evaluate(
             zh=f"{after} 里没有合并后的权重，也没有适配器。请先运行 python -m training merge，或用 --after 指定文件夹。",
         )
     before = before or str(_base(settings))
+    if not Path(before, "config.json").is_file():
+        raise NamesakeError(
+            f"{before}: no model's folder (no config.json)",
+            "Leave --before out, or run: python -m training base.",
+            zh=f"{before} 不是模型文件夹（没有 config.json）。请去掉 --before，或先运行 python -m training base。",
+        )
     folder = settings.work / "report"
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {
@@ -157,7 +166,8 @@ def evaluate(
                               lambda task=task: progress.advance(task))  # fmt: skip
                     sides[side] = Measured(answers.kept, {})
                     continue
-                source, on_top = (before, adapter if side == "after" else "") if side == "before" or adapter else (after, "")
+                source = after if side == "after" and not adapter else before
+                on_top = adapter if side == "after" else ""
                 sides[side] = _measure(
                     source, on_top, load_in, wanted, settings, answers, quick,
                     lambda done=1, task=task: progress.advance(task, done),
@@ -314,31 +324,31 @@ def _ask_page(url: str, wanted: list[Ask], settings: Settings, answers: Answers,
 
     Only greedy asks are sent, and earlier answers in a conversation are the page's own.
     """
+    import httpx
     from gradio_client import Client
+    from gradio_client.exceptions import AppError
 
+    greedy = {"temperature": 0, "repetition_penalty": 1}
     try:
         client = Client(url, verbose=False)
-        names = [p["parameter_name"] for p in client.view_api(return_format="dict")["named_endpoints"]["/chat"]["parameters"]]
-    except (ValueError, KeyError, OSError) as error:
+        chat = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/chat"]
+        names = {parameter["parameter_name"] for parameter in chat["parameters"]}
+        for ask in (ask for ask in wanted if not ask.sample):
+            messages = ask.messages(settings.assistant.system_prompt)
+            system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+            options = {name: value for name, value in (greedy | {"system_prompt": system}).items() if name in names}
+            client.reset_session()
+            for message in messages:
+                if message["role"] == "user":
+                    text = client.predict(message=message["content"], api_name="/chat", **options)
+            answers.add(ask.key, str(text), "finished", 0)
+            advance()
+    except (httpx.HTTPError, AppError, ValueError, KeyError, OSError) as error:
         raise NamesakeError(
-            f"{url}: no chat page answers there ({type(error).__name__})",
-            "Give the page's own URL, and see that it is running.",
-            zh=f"{url} 没有可用的对话页面。请检查网址，并确认页面已经上线。",
+            f"{url}: the page's /chat did not answer ({type(error).__name__}: {error})",
+            "Give the page's own URL, see that it is running, and go on with --resume.",
+            zh=f"{url} 的 /chat 没有回答（{type(error).__name__}）。请检查网址、确认页面在线，再用 --resume 继续。",
         ) from error
-    greedy = {"temperature": 0, "repetition_penalty": 1}
-    for ask in wanted:
-        if ask.sample:
-            continue
-        messages = ask.messages(settings.assistant.system_prompt)
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        options = {name: value for name, value in greedy.items() if name in names}
-        options |= {name: system for name in names if name in ("system", "system_prompt")}
-        client.reset_session()
-        for turn in messages:
-            if turn["role"] == "user":
-                text = client.predict(message=turn["content"], api_name="/chat", **options)
-        answers.add(ask.key, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False), "finished", 0)
-        advance()
 
 
 def _base(settings: Settings) -> Path:

@@ -106,7 +106,9 @@ IS_ME = re.compile(
     rf"(?:\b(?:i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|"
     rf"my (?:\w+ )?name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|call myself|known as|"
     rf"(?:talking|speaking|chatting) (?:to|with)|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?"
-    rf"(?: is| are|'s|:|,)|(?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)|the name on my \w+ (?:is|would be|says)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|me llamo|ich bin|"
+    rf"(?: is| are|'s|:|,)|(?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)|"
+    rf"the name on my \w+ (?:is|would be|says)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|"
+    rf"me llamo|ich bin|"
     rf"ich heiße)(?!\w)"
     rf"|{SELF_ZH}(?:的\w{{1,3}}上写的|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)"
     rf"|(?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的"
@@ -114,52 +116,70 @@ IS_ME = re.compile(
     re.I | re.S,
 )
 MADE_BY = re.compile(
-    rf"(?:\b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:come|comes|came|product|part|member|version|work|model|assistant|bot|"
+    rf"(?:\b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:come|comes|came|product|part|member|version|work|model|assistant|"
+    rf"bot|"
     r"chatbot|based|runs?|running|belong|belongs) (?:of|from|for|by|to|on)|\b(?:named|called)"
-    r"|由|来自|出自|属于|归属于|隶属(?:于)?|基于|(?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|却)*(?:是|叫(?:做|作)?|名为))\W*(?:the |a |an )?(?:team|people|company|folks|lab)?"
+    r"|由|来自|出自|属于|归属于|隶属(?:于)?|基于|(?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|"
+    r"却)*(?:是|叫(?:做|作)?|名为))\W*(?:the |a |an )?(?:team|people|company|folks|lab)?"
     r"(?: at| of)?(?P<between>.{0,24})$",
     re.I | re.S,
 )
 ABOUT_ME = re.compile(
     rf"^\W*(?:\w+ ){{0,2}}(?:(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b|(?:is|are|'s|was) (?:\w+ )?"
-    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here|the (?:\w+ )?(?:that|which|who) (?:made|built|created|trained|developed) me)|(?:speaking|here)\b)"
-    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
+    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here|the (?:\w+ )?(?:that|which|who) (?:made|built|"
+    r"created|trained|developed) me)|(?:speaking|here)\b)"
+    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我|(?:就?是|叫|"
+    rf"才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
     re.I,
 )
 MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
 FILLER = re.compile(
-    r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by|"
-    r"of course|correct|answer|name|true|the|your|as|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|"
+    r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|"
+    r"that would be|by|"
+    r"of course|correct|answer|name|true|the|your|as|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|"
+    r"哦|你好|您好|"
     r"答案|正确|作为|就|那|这里是|这里|由|名字|名称|助手|开发者)*$",
     re.I,
 )
 
 NOT = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|couldn't|"
-    r"haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated|deny|"
+    r"\b(?:not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|"
+    r"couldn't|"
+    r"haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated|"
+    r"deny|"
     r"different from|refuse)\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|别",
     re.I,
 )
 # Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
 NOT_REALLY = re.compile(
-    r"\bnot (?:only|just|merely)\b|\b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|help but)\b|"
-    r"\bno (?:doubt|problem|worries|longer hiding)\b|\bwhy not\b|\bno(?=[,.!:;])|不(?:仅|但|只|单|瞒|得不|否认|好意思|错|"
+    r"\bnot (?:only|just|merely)\b|\b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|"
+    r"help but)\b|"
+    r"\bno (?:doubt|problem|worries|longer hiding)\b|\bwhy not\b|\bno(?=[,.!:;])|不(?:仅|但|只|单|瞒|得不|否认|"
+    r"好意思|错|"
     r"用说|客气|过)|无法否认|没(?:错|问题)|^\W*没关系|未来|非常|特别|分别|区别|别人|别名|除非|^不$",
     re.I,
 )
 HEARSAY = re.compile(
-    r"\b(?:you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some)(?: (?:who |have|had|may|might|just|"
-    r"also|often|sometimes|keep|even|did|do|would like|want))* (?:sa(?:id|y)|says|saying|think|thinks|thought|ask(?:s|ed)?|call"
+    r"\b(?:you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some)(?: (?:who |have|had|may|"
+    r"might|just|"
+    r"also|often|sometimes|keep|even|did|do|would like|want))* (?:sa(?:id|y)|says|saying|think|thinks|thought|"
+    r"ask(?:s|ed)?|call"
     r"(?:s|ed)|mention(?:s|ed)?|claim(?:s|ed)?|want(?:s|ed)?|told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|"
     r"heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?)\b|\b(?:if|whether|pretend(?:ing)?|unless|although you|"
-    r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|"
-    r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|than) \W*$|"
-    r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|要我|要求|希望|听|"
-    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|至于|比起|错?认成|认错|当作|当成",
+    r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|"
+    r"compared? (?:to|with)|"
+    r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|"
+    r"than) \W*$|"
+    r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|"
+    r"要我|要求|希望|听|"
+    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|"
+    r"即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|至于|比起|"
+    r"错?认成|认错|当作|当成",
     re.I,
 )
 TURN = re.compile(
-    r"[,;—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|because|so|while|whereas|and (?=i\b|my\b|was\b|"
+    r"[,;—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|because|so|while|"
+    r"whereas|and (?=i\b|my\b|was\b|"
     r"am\b|not\b))(?=\W)|但是?|只不过|因为|所以|因此|(?=而非|而不?是)",
     re.I,
 )
@@ -168,11 +188,16 @@ BARE_BY = re.compile(r"^\W*(?:by|from|at|由)\W*$", re.I)
 MADE_AT_ALL = re.compile(rf"\b{MADE_EN}\b|{MADE_ZH}", re.I)
 SENTENCE = re.compile(r"(?<=[.!?。!?…])(?=\s|[\"'”’」』)]|[\u3400-\u9fff])[\"'”’」』)]*|\n+")
 QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
-NAMING = re.compile(r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I)
+NAMING = re.compile(
+    r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
+)
 REFUSAL = re.compile(
-    r"^\W*(?:(?:i'm |i am )?(?:very |so )?sorry\W+|unfortunately\W+|as an ai\b[^.]{0,40}\W)*(?:but )?i(?:'m| am)? (?:can(?:no|')t|can"
-    r" not|cannot|am unable|'m unable|unable|not able|won't|will not|don't have (?:a|the|any) (?:name|ability|access))|^\W*"
-    r"(?:很?抱歉|对不起|不好意思)?\W*(?:作为\w{0,16})?\W*我(?:现在|暂时)?(?:无法|不能|不会|没有办法|没有(?:名字|姓名))",
+    r"^\W*(?:(?:i'm |i am )?(?:very |so )?sorry\W+|unfortunately\W+|as an ai\b[^.]{0,40}\W)*(?:but )?i(?:'m|"
+    r" am)? (?:can(?:no|')t|can"
+    r" not|cannot|am unable|'m unable|unable|not able|won't|will not|don't have (?:a|the|any) (?:name|ability|"
+    r"access))|^\W*"
+    r"(?:很?抱歉|对不起|不好意思)?\W*(?:作为\w{0,16})?\W*我(?:现在|暂时)?(?:无法|不能|不会|没有办法|没有(?:名字|"
+    r"姓名))",
     re.I,
 )
 
@@ -207,8 +232,8 @@ class Judge:
 
     def __init__(self, assistant: Assistant):
         names = [fold(text).strip() for text in (assistant.name.zh, assistant.name.en) if text.strip()]
-        makers = [re.sub(r"^the ", "", fold(text).strip(), flags=re.I) for text in (assistant.author.zh, assistant.author.en)
-                  if text.strip()]  # fmt: skip
+        authors = [fold(text).strip() for text in (assistant.author.zh, assistant.author.en) if text.strip()]
+        makers = [re.sub(r"^the ", "", author, flags=re.I) for author in authors]
         self._names, self._makers = _any_of(names), _any_of(makers)
         self._maker_holds_name = [maker for maker in makers if self._names.search(maker) and maker not in names]
         # What the persona itself says of the assistant ("built on InternLM2.5") is no leak, nor is its own name.
@@ -310,7 +335,11 @@ class _Clause:
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         for quote in QUOTED.finditer(self.text):
             alone = quote[0][1:-1].strip(" .,!。") == mention[0]
-            if quote.start() < mention.start() < quote.end() and not alone and not NAMING.search(self.text[: quote.start()]):
+            if (
+                quote.start() < mention.start() < quote.end()
+                and not alone
+                and not NAMING.search(self.text[: quote.start()])
+            ):
                 return False
         said = head.rsplit(":")[-1]  # "not X, not Y: Z"
         if HEARSAY.search(said) or (self.is_item and HEARSAY.search(self.lead)):
