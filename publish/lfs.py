@@ -204,16 +204,12 @@ class Repository:
     def fetch(self) -> str:
         """The remote branch's head, whose trees are here afterwards, its blobs only when asked for; "" if it has none."""
         listed = self.git("ls-remote", "origin", f"refs/heads/{self.remote.branch}").split()
-        if listed and not self._has(listed[0]):
+        if listed and listed[0] not in self.git("for-each-ref", "--format=%(objectname)").split():
             tracking = f"refs/remotes/origin/{self.remote.branch}"
             refs = f"+refs/heads/{self.remote.branch}:{tracking}"
             self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--filter=blob:none", "origin", refs)
             return self.git("rev-parse", tracking).strip()
         return listed[0] if listed else ""
-
-    def _has(self, commit: str) -> bool:
-        found = self.git("rev-list", "--max-count=1", "--missing=allow-any", "--all", "--", stdin="")
-        return commit in found.split()
 
     def paths(self, commit: str) -> dict[str, str]:
         """Every file of a commit: path → the oid of its blob, which for an LFS file is the pointer's."""
@@ -413,7 +409,7 @@ EXPLAINED = (
 def explain(said: str, remote: Remote) -> NamesakeError:
     """The error for what git or a hub said: one line of it, without the token, and what to do."""
     said = remote.token.redact(said)
-    telling = [line.strip() for line in said.splitlines() if re.match(r"\s*(fatal|error|remote|LFS|batch|http)", line)]
+    telling = [line.strip() for line in said.splitlines() if re.match(r"\s*(!|fatal|error|remote|LFS|batch|http)", line)]
     telling += [line.strip() for line in said.splitlines() if line.strip()][-1:]
     detail = telling[0][:300] if telling else "git said nothing"
     for pattern, problem, fix, zh in EXPLAINED:

@@ -134,7 +134,7 @@ def runtime(hub: Hub, request: Request, match: re.Match, repository: Repository)
     if shown == "BUILDING":
         about["status"] = "BUILD_ERROR" if hub.build_fails else "RUNNING"
     hardware = {"current": about["hardware"], "requested": about["hardware"]}
-    return Response.json({"stage": shown, "hardware": hardware, "gcTimeout": 172800, "replicas": {}, "storage": None})
+    return Response.json({"stage": shown, "hardware": hardware, "sha": hub.head(repository)})
 
 
 def hardware(hub: Hub, request: Request, match: re.Match, repository: Repository) -> Response:
@@ -148,8 +148,10 @@ def restart(hub: Hub, request: Request, match: re.Match, repository: Repository)
 
 
 def values(hub: Hub, request: Request, match: re.Match, repository: Repository) -> Response:
-    repository.about[match["what"]][request.json["key"]] = request.json["value"]
-    return Response.json({})
+    kept = repository.about[match["what"]]
+    if request.method == "POST":
+        kept[request.json["key"]] = request.json["value"]
+    return Response.json({key: {"value": value} for key, value in kept.items()})
 
 
 def logs(hub: Hub, request: Request, match: re.Match, repository: Repository) -> Response:
@@ -169,7 +171,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", REPO + r"/runtime", known(runtime)),
     ("POST", REPO + r"/hardware", needs_token(known(hardware))),
     ("POST", REPO + r"/restart", needs_token(known(restart))),
-    ("POST", REPO + r"/(?P<what>secrets|variables)", needs_token(known(values))),
+    ("GET|POST", REPO + r"/(?P<what>secrets|variables)", needs_token(known(values))),
     ("GET", REPO + r"/logs/(?:run|build)", needs_token(known(logs))),
     ("GET", REPO + r"(?:/revision/[^/]+)?", known(info)),
     ("GET|HEAD", r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", known(resolve)),
