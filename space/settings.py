@@ -220,7 +220,11 @@ def load(path: str | Path = "assistant.toml") -> Settings:
             f"{path}:{line}: not valid TOML: {what}", "Strings need quotes, \\ is written \\\\"
         ) from None
     reader = _Reader(path, text)
-    return dataclasses.replace(reader.read(Settings, table, ()), folder=path.resolve().parent)
+    settings = reader.read(Settings, table, ())
+    for key, limit in vars(settings.page.limits).items():
+        if (value := getattr(settings.page, key)) > limit:
+            reader.fail(("page", key), f"is {value}", f"must be at most {limit}, its limit in [page.limits]")
+    return dataclasses.replace(settings, folder=path.resolve().parent)
 
 
 class _Reader:
@@ -275,7 +279,8 @@ class _Reader:
         return Text(**value)
 
     def check(self, value, allows, keys):
-        if allows.get("filled") and not (value.strip() if isinstance(value, str) else value):
+        written = f"{value.zh}{value.en}".strip() if isinstance(value, Text) else value
+        if allows.get("filled") and not (written.strip() if isinstance(written, str) else written):
             self.fail(keys, "is empty", "write something")
         low, high = allows.get("low"), allows.get("high")
         if low is not None and not low <= value <= high:  # also false for nan

