@@ -37,9 +37,10 @@ LICENSES = {"apache-2.0": "Apache License 2.0", "mit": "MIT License"}  # as Mode
 OWNERS = {"Shanghai_AI_Laboratory": "internlm"}  # who is called otherwise: on ModelScope → on Hugging Face
 
 SNIPPET = """\
-{fetch}
+from {client} import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = snapshot_download("{id}")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", device_map="auto")
 chat = [{{"role": "user", "content": "{question}"}}]
@@ -47,10 +48,11 @@ prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_
 answer = model.generate(**prompt.to(model.device), max_new_tokens=128, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
-FETCH = {
-    "modelscope": 'from modelscope import snapshot_download\n\nfolder = snapshot_download("{id}")',
-    "huggingface": 'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{id}")',
-}
+CURL = """\
+curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "assistant", "messages": [{{"role": "user", "content": "{question}"}}]}}'"""
+
+CLIENTS = {"modelscope": "modelscope", "huggingface": "huggingface_hub"}  # hub → the Python package that downloads
 
 
 def length(readme: str) -> int:
@@ -88,11 +90,11 @@ def base_id(settings: Settings, model: Model, hub: str) -> str:
     if base == "embedded":
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
     kind, _, name = base.partition(":")
-    if kind not in FETCH:
+    if kind not in CLIENTS:
         raise NamesakeError(
             f"The base model is a folder ({base}): the card can't name it",
             'Say what it is in the settings: [card] base_model = "owner/name".',
-            zh=f"基础模型是本地文件夹（{base}），模型卡无法引用它。请在设置中写 [card] base_model = \"用户/模型\"。",
+            zh=f'基础模型是本地文件夹（{base}），模型卡无法引用它。请在设置中写 [card] base_model = "用户/模型"。',
         )
     owner, _, name = name.partition("@")[0].partition("/")
     renamed = OWNERS if hub == "huggingface" else {theirs: ours for ours, theirs in OWNERS.items()}
@@ -110,8 +112,7 @@ def model(settings: Settings, model: Model, hub: str, id: str) -> str:
         "vllm": f"{'VLLM_USE_MODELSCOPE=True ' * (hub == 'modelscope')}vllm serve {id} --served-model-name assistant",
         "lmdeploy": f"{'LMDEPLOY_USE_MODELSCOPE=True ' * (hub == 'modelscope')}lmdeploy serve api_server {id} "
         "--server-port 8000 --model-name assistant",
-        "curl": "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"  -d '{{\"model\": \"assistant\", \"messages\": [{{\"role\": \"user\", \"content\": \"{_question(settings)}\"}}]}}'",
+        "curl": CURL.format(question=_question(settings)),
         "evaluation": _evaluation(model),
         "citation": f"@misc{{{re.sub(r'[^A-Za-z0-9]', '', id.split('/')[1]).lower() or 'assistant'},\n"
         f"  title = {{{_bibtex(assistant.name.pick('en'))}}},\n  author = {{{_bibtex(assistant.author.pick('en'))}}},\n"
@@ -193,7 +194,7 @@ def _bodies(hub: str, kind: str, texts: dict[str, dict], least: int) -> str:
             raise NamesakeError(
                 f"The model card's description ({code}) has {count} characters, and more than {least} are needed",
                 "Write more about the assistant under [card] description.",
-                zh=f"模型卡的介绍（{code}）只有 {count} 个字，需要超过 {least} 字。请在 [card] description 中多写一些。",
+                zh=f"模型卡的介绍（{code}）只有 {count} 字，须超过 {least} 字。请在 [card] description 中多写。",
             )
         parts.append(part.strip())
     return "\n\n---\n\n".join(parts) + "\n"
@@ -219,7 +220,7 @@ def _question(settings: Settings) -> str:
 
 
 def _snippet(settings: Settings, hub: str, id: str) -> str:
-    return SNIPPET.format(fetch=FETCH[hub].format(id=id), question=_question(settings))
+    return SNIPPET.format(client=CLIENTS[hub], id=id, question=_question(settings))
 
 
 def _languages(codes: tuple[str, ...], language: str) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from publish import card, contents
 from publish.contents import File, Model
 from publish.lfs import LFS_ABOVE
@@ -46,8 +48,10 @@ class Row:
     forced: bool = False
 
 
-def rows(settings: Settings, hub, model: Model, readme: Callable[[], str], page: list[File], account: str) -> list[Row]:
-    """Every check for one hub. `readme()` makes the model's card, and may raise; `account`: whose token it is."""
+def rows(
+    settings: Settings, hub, model: Model, page: list[File], readme: Callable[[], str], account: Callable[[], str]
+) -> list[Row]:
+    """Every check for one hub. `readme()` makes the card and `account()` names the token's owner: both may raise."""
     id, space = names(settings, hub.name)
     checks: list[Iterator[Row]] = [
         _gate(model),
@@ -57,7 +61,7 @@ def rows(settings: Settings, hub, model: Model, readme: Callable[[], str], page:
         _secrets([*model.files, *page], hub.token),
         _card(readme, hub.name),
         _page(page, settings),
-        _names(settings, hub, id, space, account),
+        _names(hub, id, space, account),
         _room(model, page, hub),
     ]
     return [row for check in checks for row in check]
@@ -93,7 +97,8 @@ def _weights(model: Model, hub) -> Iterator[Row]:
     sums = {}
     for line in (model.folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, _, path = line.partition("  ")
-        sums[path.removeprefix("*")] = digest
+        if path not in contents.NOT_PUBLISHED:
+            sums[path.removeprefix("*")] = digest
     wrong = sorted(path for path, digest in sums.items() if path not in files or files[path].sha256 != digest)
     extra = sorted(files.keys() - sums.keys() - {"SHA256SUMS"})
     if wrong or extra:
@@ -177,9 +182,10 @@ def _card(readme: Callable[[], str], hub: str) -> Iterator[Row]:
 
 
 def _page(page: list[File], settings: Settings) -> Iterator[Row]:
-    requirements = next(file.source for file in page if file.path == "requirements.txt").read_text(encoding="utf-8")
-    listed = [re.match(r"[\w.-]+", line.strip()) for line in requirements.splitlines() if not re.match(r"\s*(#|-|$)", line)]
-    installed = {_normal(name[0]) for name in listed if name}
+    """Whether everything that the page imports is there, or is installed by its requirements or what these need."""
+    text = next(file.source for file in page if file.path == "requirements.txt").read_text(encoding="utf-8")
+    resolved, installed = _resolves(text, settings)
+    yield resolved
     own = {Path(file.path).parts[0].removesuffix(".py") for file in page}
     faults = []
     for file in page:
@@ -190,14 +196,13 @@ def _page(page: list[File], settings: Settings) -> Iterator[Row]:
         except SyntaxError as error:
             faults.append(f"{file.path}:{error.lineno} is not Python")
             continue
-        for module in sorted(_needed(tree)):
-            package = _normal(MODULES.get(module, module))
-            if module not in sys.stdlib_module_names | own and package not in installed:
-                faults.append(f"{file.path} imports {module}, which requirements.txt does not install")
-            elif module in ("training", "publish"):
+        for module in sorted(_needed(tree) - sys.stdlib_module_names - own):
+            if module in ("training", "publish"):
                 faults.append(f"{file.path} imports {module}, which does not go up")
-    yield Row("the page imports", not faults, "; ".join(faults[:3]) or f"{len(page)} files", "Mend the page, or requirements.txt")
-    yield _resolves(requirements, settings)
+            elif installed and canonicalize_name(MODULES.get(module, module)) not in installed:
+                faults.append(f"{file.path} imports {module}, which requirements.txt does not install")
+    fix = "Mend the page, or requirements.txt"
+    yield Row("the page imports", not faults, "; ".join(faults[:3]) or f"{len(page)} files", fix)
 
 
 def _needed(tree: ast.AST) -> set[str]:
@@ -214,40 +219,50 @@ def _needed(tree: ast.AST) -> set[str]:
     return found
 
 
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def _resolves(text: str, settings: Settings) -> tuple[Row, set[str]]:
+    """Whether pip finds versions that fit together, and the packages that these are, none where it was not asked.
 
-
-def _resolves(requirements: str, settings: Settings) -> Row:
-    """Whether pip finds versions that fit together; remembered by the file's hash, for it takes a minute."""
-    what, digest = "requirements resolve", hashlib.sha256(requirements.encode()).hexdigest()
-    kept = settings.work / "publish" / "requirements-resolved"
-    if kept.is_file() and kept.read_text().strip() == digest:
-        return Row(what, True, "as before")
+    Its answer takes a minute and is kept, by the file's hash.
+    """
+    what, digest = "requirements resolve", hashlib.sha256(text.encode()).hexdigest()
+    contents.requirements(text)
+    kept = settings.work / "publish" / "requirements.json"
+    if kept.is_file() and (known := json.loads(kept.read_text()))["sha256"] == digest:
+        return Row(what, True, f"{len(known['packages'])} packages, as before"), set(known["packages"])
     if os.environ.get("PIP_NO_INDEX"):
-        return Row(what, True, "not looked at: PIP_NO_INDEX is set")
+        return Row(what, True, "not looked at: PIP_NO_INDEX is set"), set()
     kept.parent.mkdir(parents=True, exist_ok=True)
     wanted = kept.parent / "requirements.txt"
-    wanted.write_text(requirements, encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "-r", str(wanted)]
+    wanted.write_text(text, encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
     try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        made = subprocess.run([*pip, "-r", str(wanted)], capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
-        return Row(what, False, "pip found no answer in 10 minutes", "Pin more versions in requirements.txt")
+        return Row(what, False, "pip found no answer in 10 minutes", "Pin more versions in requirements.txt"), set()
     if made.returncode:
         errors = [line for line in made.stderr.splitlines() if "ERROR" in line] or made.stderr.splitlines()[-1:]
-        return Row(what, False, (errors or ["pip failed"])[0][:200], "Mend requirements.txt")
-    kept.write_text(digest + "\n")
-    return Row(what, True, "with this Python")
+        return Row(what, False, (errors or ["pip failed"])[0][:200], "Mend requirements.txt"), set()
+    packages = sorted(canonicalize_name(p["metadata"]["name"]) for p in json.loads(made.stdout)["install"])
+    kept.write_text(json.dumps({"sha256": digest, "packages": packages}) + "\n")
+    return Row(what, True, f"{len(packages)} packages, with this Python"), set(packages)
 
 
-def _names(settings: Settings, hub, id: str, space: str, account: str) -> Iterator[Row]:
+def _names(hub, id: str, space: str, account: Callable[[], str]) -> Iterator[Row]:
     bad = [name for name in (id, space) if name and not hub.legal(name)]
     fix = "Letters, digits, '-', '_' and '.', beginning with a letter or a digit"
-    yield Row("repository names", not bad, f"not possible: {', '.join(bad)}" if bad else " and ".join(filter(None, (id, space))), fix)
-    owners = {name.partition("/")[0] for name in (id, space) if name}
-    found = f"of {account}" + (f"; {', '.join(sorted(owners - {account}))} must let it write" if owners - {account} else "")
-    yield Row("token", bool(account), found if account else "refused, or none", f"Make one at {hub.token_page}")
+    yield Row(
+        "repository names",
+        not bad,
+        f"not possible: {', '.join(bad)}" if bad else " and ".join(filter(None, (id, space))),
+        fix,
+    )
+    try:
+        owner = account()
+        others = sorted({name.partition("/")[0] for name in (id, space) if name} - {owner})
+        found = f"of {owner}" + f"; {', '.join(others)} must let it write" * bool(others)
+        yield Row("token", True, found)
+    except NamesakeError as error:
+        yield Row("token", False, str(error), f"Make one at {hub.token_page} and set {hub.variable}")
     if space:
         yield Row("the page's model", bool(id), f"{hub.name}:{id}" if id else "none on this hub", "Set [hub] model")
 

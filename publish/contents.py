@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from space.settings import NamesakeError, Settings
 
@@ -66,7 +71,9 @@ def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -
             "Make it with: python -m training merge",
             zh=f"{folder} 里没有合并好的模型，请先运行 python -m training merge。",
         )
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_PUBLISHED)
+    paths = sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_PUBLISHED
+    )
     files = tuple(file(path.relative_to(folder).as_posix(), path, read) for path in paths)
     picture = report / "report.png"
     return Model(
@@ -107,6 +114,32 @@ def page(folder: Path, config: Path) -> list[File]:
         if not source.is_file():
             raise NamesakeError(f"{source}: the page's {name} is missing", zh=f"缺少聊天页的 {name}：{source}")
     return [file(name, source) for name, source in sorted(sources.items())]
+
+
+def requirements(text: str) -> dict[str, SpecifierSet]:
+    """A requirements.txt as package → versions. Raises NamesakeError at a line that is none."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition(" #")[0].strip()
+        if not line or line.startswith(("#", "-")):
+            continue
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            raise NamesakeError(f"requirements.txt:{number}: {line!r} names no package", "Mend the line.") from None
+        found[canonicalize_name(requirement.name)] = requirement.specifier
+    return found
+
+
+def gradio(text: str) -> SpecifierSet:
+    """Which versions of Gradio a requirements.txt takes."""
+    return requirements(text).get("gradio", SpecifierSet())
+
+
+def newest_gradio(text: str) -> str:
+    """The newest version of Gradio that a requirements.txt names, "" where it names none."""
+    named = [found.version for found in gradio(text) if found.operator in ("==", "<=", "~=", ">=")]
+    return max(named, key=lambda version: [int(n) for n in re.findall(r"\d+", version)], default="")
 
 
 def safetensors_fault(path: Path) -> str:

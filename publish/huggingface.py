@@ -27,6 +27,8 @@ class HuggingFace:
     variable = "HF_TOKEN"
     token_page = "https://huggingface.co/settings/tokens"
     branch = "main"
+    builds_on_push = True
+    shows_progress = True  # its client has bars of its own
     file_limit = 50_000_000_000
     plain_limit = 0  # every file of 10 MB or more goes to LFS by itself
     hardware = (
@@ -76,8 +78,12 @@ class HuggingFace:
                 403: ("The token may not do this: use the owner's, with write permission.", "该令牌没有权限。"),
                 413: ("The hub refuses a file as too large: merge with smaller shards.", "文件过大，请用更小的分片。"),
             }
-            fix, zh = fixes.get(status, ("Run it again: what is up already is not sent twice.", "请再运行一次，已上传的不会重传。"))
-            raise NamesakeError(f"{self.title}, {what}: {detail}", fix, zh=f"{self.title}（{what}）：{detail}。{zh}") from None
+            fix, zh = fixes.get(
+                status, ("Run it again: what is up already is not sent twice.", "请再运行一次，已上传的不会重传。")
+            )
+            raise NamesakeError(
+                f"{self.title}, {what}: {detail}", fix, zh=f"{self.title}（{what}）：{detail}。{zh}"
+            ) from None
 
     def account(self) -> str:
         """The token's owner. Raises NamesakeError where the hub refuses the token."""
@@ -204,7 +210,7 @@ class HuggingFace:
         return any(now.get(key) != value for key, value in variables.items()) or bool(secrets)
 
     def deploy(self, id: str) -> None:
-        """A commit starts a build by itself; this starts one without."""
+        """Build and run what is there, as a commit does by itself."""
         with self._asked(f"restarting {id}"):
             self.api.restart_space(id)
 

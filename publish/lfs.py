@@ -159,7 +159,7 @@ class Repository:
         return printed
 
     def _environment(self) -> dict[str, str]:
-        """The environment without what would steer git elsewhere or write its traces, which hold the token, to files."""
+        """The environment without what would steer git elsewhere or write its traces, token and all, to files."""
         kept = ("GIT_SSL", "GIT_HTTP", "GIT_PROXY", "GIT_CURL_VERBOSE", "GIT_EXEC_PATH")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith(kept)}
         settings = {
@@ -168,6 +168,7 @@ class Repository:
             "http.followRedirects": "false",
             "core.hooksPath": os.devnull,
             "lfs.url": f"{self.remote.url}/info/lfs",  # whatever an .lfsconfig in the repository says
+            f"lfs.{self.remote.url}/info/lfs.access": "basic",  # no request without the token first
             "lfs.locksverify": "false",
             "gc.auto": "0",
         }
@@ -201,13 +202,14 @@ class Repository:
 
     # The remote's state
 
-    def fetch(self) -> str:
-        """The remote branch's head, whose trees are here afterwards, its blobs only when asked for; "" if it has none."""
+    def fetch(self, *, blobs: bool = False) -> str:
+        """The remote branch's head, "" if it has none. Its trees are here afterwards; blobs come when asked for."""
         listed = self.git("ls-remote", "origin", f"refs/heads/{self.remote.branch}").split()
         if listed and listed[0] not in self.git("for-each-ref", "--format=%(objectname)").split():
             tracking = f"refs/remotes/origin/{self.remote.branch}"
             refs = f"+refs/heads/{self.remote.branch}:{tracking}"
-            self.git("fetch", "--quiet", "--no-tags", "--depth=1", "--filter=blob:none", "origin", refs)
+            without = () if blobs else ("--filter=blob:none",)
+            self.git("fetch", "--quiet", "--no-tags", "--depth=1", *without, "origin", refs)
             return self.git("rev-parse", tracking).strip()
         return listed[0] if listed else ""
 
@@ -325,9 +327,7 @@ def attributes(kept: str, files: list[File]) -> str:
     """.gitattributes with every line that is there kept, and one more for each kind of file that belongs in LFS."""
     wanted = {f"*.safetensors {ATTRIBUTE}" for file in files if file.path.endswith(".safetensors")}
     wanted |= {
-        f"{file.path} {ATTRIBUTE}"
-        for file in files
-        if file.size > LFS_ABOVE and not file.path.endswith(".safetensors")
+        f"{file.path} {ATTRIBUTE}" for file in files if file.size > LFS_ABOVE and not file.path.endswith(".safetensors")
     }
     new = sorted(wanted - set(kept.splitlines()))
     if kept and not kept.endswith("\n"):
@@ -409,7 +409,9 @@ EXPLAINED = (
 def explain(said: str, remote: Remote) -> NamesakeError:
     """The error for what git or a hub said: one line of it, without the token, and what to do."""
     said = remote.token.redact(said)
-    telling = [line.strip() for line in said.splitlines() if re.match(r"\s*(!|fatal|error|remote|LFS|batch|http)", line)]
+    telling = [
+        line.strip() for line in said.splitlines() if re.match(r"\s*(!|fatal|error|remote|LFS|batch|http)", line)
+    ]
     telling += [line.strip() for line in said.splitlines() if line.strip()][-1:]
     detail = telling[0][:300] if telling else "git said nothing"
     for pattern, problem, fix, zh in EXPLAINED:

@@ -11,11 +11,11 @@ import json
 import os
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from publish.contents import File
+from publish.contents import File, gradio
 from publish.hardware import Hardware
 from publish.lfs import Pushed, Remote, Repository
 from publish.token import Token
@@ -32,6 +32,8 @@ class ModelScope:
     variable = "MODELSCOPE_API_TOKEN"
     token_page = "https://modelscope.cn/my/myaccesstoken"
     branch = "master"
+    builds_on_push = False  # a push alone does not go live
+    shows_progress = False
     file_limit = 50_000_000_000  # bytes
     plain_limit = 500_000_000  # bytes of all files outside LFS together
     hardware = (
@@ -76,7 +78,9 @@ class ModelScope:
                 403: ("The token may not do this: use the owner's, with write permission.", "该令牌没有权限。"),
             }
             fix, zh = fixes.get(status, ("Try again.", "请稍后再试。"))
-            raise NamesakeError(f"{self.title}, {what}: {detail}", fix, zh=f"{self.title}（{what}）：{detail}。{zh}") from None
+            raise NamesakeError(
+                f"{self.title}, {what}: {detail}", fix, zh=f"{self.title}（{what}）：{detail}。{zh}"
+            ) from None
 
     def account(self) -> str:
         """The token's owner. Raises NamesakeError where the hub refuses the token."""
@@ -127,17 +131,14 @@ class ModelScope:
         """A new model repository with its final visibility, which no API changes later."""
         from modelscope_hub.errors import AlreadyExistsError
 
-        with self._asked(f"creating {id}"):
-            try:
-                self.api.create_repo(
-                    id,
-                    "model",
-                    visibility=settings.hub.visibility,
-                    license=settings.hub.license,
-                    chinese_name=settings.assistant.name.pick("zh"),
-                )
-            except AlreadyExistsError:
-                pass  # made meanwhile, or there and hidden: the push will tell
+        with self._asked(f"creating {id}"), suppress(AlreadyExistsError):  # there, and hidden: the push will tell
+            self.api.create_repo(
+                id,
+                "model",
+                visibility=settings.hub.visibility,
+                license=settings.hub.license,
+                chinese_name=settings.assistant.name.pick("zh"),
+            )
 
     def set_visibility(self, kind: str, id: str, visibility: str) -> bool:
         """Whether an existing repository's visibility was changed; a model's can't be."""
@@ -194,19 +195,21 @@ class ModelScope:
         return {"ms_deploy.json": json.dumps({k: v for k, v in deploy.items() if v}, indent=2) + "\n"}
 
     def runtime(self, requirements: str) -> tuple[str, str]:
-        """Gradio's version and the image for a studio, from what the hub offers: the nearest to requirements.txt.
+        """Gradio's version and the image for a studio, from what the hub offers: the newest that fits the requirements.
 
-        The page's own requirements are installed on top of either, so near is good enough.
+        Where none fits, the newest of all: the page's own requirements are installed on top of it.
         """
+        if hasattr(self, "_runtime"):
+            return self._runtime
         with self._asked("what studios can run on"):
             versions = [v["version"] for v in self.api.list_studio_sdk_versions(sdk_type="gradio") if v.get("version")]
             images = [image["name"] for image in self.api.list_studio_base_images() if image.get("name")]
-        pinned = pinned_gradio(requirements)
-        same = [version for version in versions if numbers(version)[:1] == numbers(pinned)[:1]]
-        version = pinned if pinned in versions else max(same or versions, key=numbers, default="")
+        fitting = list(gradio(requirements).filter(versions))
+        version = max(fitting or versions, key=numbers, default="")
         usable = [image for image in images if re.search(r"py31[12]", image)]
         image = max(usable, key=lambda name: numbers((re.findall(r"torch([\d.]+)", name) or ["0"])[0]), default="")
-        return version, image
+        self._runtime = version, image
+        return self._runtime
 
     def prepare_space(self, id: str, settings: Settings, hardware: Hardware, requirements: str) -> bool:
         """Create the studio, or bring its settings up to date. Returns whether anything changed."""
@@ -248,7 +251,7 @@ class ModelScope:
         return any(now.get(key) != value for key, value in variables.items()) or bool(secrets)
 
     def deploy(self, id: str) -> None:
-        """上线: a push alone does not go live."""
+        """上线: build and run what was pushed."""
         with self._asked(f"deploying {id}"):
             self.api.deploy_repo(id)
 
@@ -295,12 +298,6 @@ def _stay(response, **_):
                 zh=f"平台要求重定向到 {target.netloc}，令牌不会发往那里。请把 MODELSCOPE_ENDPOINT 设为平台自己的地址。",
             )
     return response
-
-
-def pinned_gradio(requirements: str) -> str:
-    """Gradio's version in a requirements.txt, "" where it is not pinned."""
-    found = re.search(r"^gradio(?:\[[^\]]*\])?==([\d.]+)", requirements, flags=re.M)
-    return found[1] if found else ""
 
 
 def numbers(version: str) -> list[int]:

@@ -44,7 +44,7 @@ def create(hub: Hub, request: Request, match: re.Match) -> Response:
     hub.create(
         kind, owner, name, branch="main", private=asked.get("visibility") == "private",
         files={".gitattributes": ATTRIBUTES}, settings=asked, status="NO_APP_FILE",
-        secrets={}, variables={}, logs=[], hardware="cpu-basic",
+        secrets={}, variables={}, logs={"build": [], "run": []}, hardware="cpu-basic",
     )  # fmt: skip
     return Response.json({"url": url, "id": f"{owner}/{name}"})
 
@@ -124,7 +124,7 @@ def _revision(match: re.Match, repository: Repository) -> str:
 def _build(hub: Hub, repository: Repository) -> None:
     about = repository.about
     about["status"] = "BUILDING"
-    about["logs"] = (hub.build_fails or "Running on port 7860").splitlines()
+    about["logs"] = {"build": (hub.build_fails or "Installing requirements").splitlines(), "run": ["Running"]}
     start(hub, repository)
 
 
@@ -155,7 +155,10 @@ def values(hub: Hub, request: Request, match: re.Match, repository: Repository) 
 
 
 def logs(hub: Hub, request: Request, match: re.Match, repository: Repository) -> Response:
-    events = [json.dumps({"data": line + "\n", "timestamp": "2026-01-01"}) for line in repository.about["logs"]]
+    events = [
+        json.dumps({"data": line + "\n", "timestamp": "2026-01-01T00:00:00.000Z"})
+        for line in repository.about["logs"][match["what"]]
+    ]
     body = "".join(f"data: {event}\n\n" for event in events).encode()
     return Response(200, body, {"Content-Type": "text/event-stream"})
 
@@ -172,7 +175,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", REPO + r"/hardware", needs_token(known(hardware))),
     ("POST", REPO + r"/restart", needs_token(known(restart))),
     ("GET|POST", REPO + r"/(?P<what>secrets|variables)", needs_token(known(values))),
-    ("GET", REPO + r"/logs/(?:run|build)", needs_token(known(logs))),
+    ("GET", REPO + r"/logs/(?P<what>run|build)", needs_token(known(logs))),
     ("GET", REPO + r"(?:/revision/[^/]+)?", known(info)),
     ("GET|HEAD", r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", known(resolve)),
 ]

@@ -10,7 +10,8 @@ import re
 from tests.hub.server import ATTRIBUTES, Handler, Hub, Request, Response
 
 ID = r"(?P<id>[^/]+/[^/]+)"
-TEMPLATE = "---\nlicense: Apache License 2.0\n---\n###### 该模型当前使用的是默认介绍模版，处于“预发布”阶段，页面仅限所有者可见。\n"
+TEMPLATE = "---\nlicense: Apache License 2.0\n---\n"
+TEMPLATE += "###### 该模型当前使用的是默认介绍模版，处于“预发布”阶段，页面仅限所有者可见。\n"
 VISIBLE = {1: True, 3: True, 5: False}  # Visibility → private
 
 
@@ -96,7 +97,7 @@ def create_studio(hub: Hub, request: Request, match: re.Match) -> Response:
     hub.create(
         "space", owner, name, branch="master", private=asked.get("visibility") == "private",
         files={"README.md": "# 默认介绍\n", ".gitattributes": ATTRIBUTES, "app.py": "# template\n"},
-        settings=asked, status="NotDeployed", secrets={}, variables={}, logs=[],
+        settings=asked, status="NotDeployed", secrets={}, variables={}, logs={"build": [], "run": []},
     )  # fmt: skip
     return data({"owner": owner, "name": name})
 
@@ -125,7 +126,10 @@ def settings(hub: Hub, request: Request, match: re.Match) -> Response:
 def deploy(hub: Hub, request: Request, match: re.Match) -> Response:
     repository = hub.get("space", match["id"])
     repository.about["status"] = "Building"
-    repository.about["logs"] = (hub.build_fails or "Installing requirements\nRunning on port 7860").splitlines()
+    repository.about["logs"] = {
+        "build": (hub.build_fails or "Installing requirements").splitlines(),
+        "run": ["Running"],
+    }
     start(hub, repository)
     return data({"status": "Building"})
 
@@ -146,7 +150,7 @@ def stop(hub: Hub, request: Request, match: re.Match) -> Response:
 
 
 def logs(hub: Hub, request: Request, match: re.Match) -> Response:
-    lines = hub.get("space", match["id"]).about["logs"]
+    lines = hub.get("space", match["id"]).about["logs"][match["what"]]
     return data({"logs": [{"content": line} for line in lines], "total_count": len(lines), "total_page_num": 1})
 
 
@@ -185,6 +189,6 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("PATCH", rf"/openapi/v1/studios/{ID}/settings", needs_token(settings)),
     ("POST", rf"/openapi/v1/studios/{ID}/deploy", needs_token(deploy)),
     ("POST", rf"/openapi/v1/studios/{ID}/stop", needs_token(stop)),
-    ("GET", rf"/openapi/v1/studios/{ID}/logs/(?:run|build)", needs_token(logs)),
+    ("GET", rf"/openapi/v1/studios/{ID}/logs/(?P<what>run|build)", needs_token(logs)),
     ("GET|POST|PUT", rf"/openapi/v1/studios/{ID}/(?P<what>secrets|variables)", needs_token(values)),
 ]

@@ -31,7 +31,8 @@ class Fault:
 
     `status` answers so at once; `cut` closes the connection after so many bytes of the body (sent or received); `hold`
     stops until `release` is set; `lose` and `corrupt` say that an upload is stored and store nothing or other bytes;
-    `wrong` serves other bytes; `redirect` sends elsewhere. `skip` lets that many requests pass first.
+    `mute` does what was asked and closes the connection without an answer; `wrong` serves other bytes; `redirect` sends
+    elsewhere. `skip` lets that many requests pass first.
     """
 
     pattern: str
@@ -40,6 +41,7 @@ class Fault:
     hold: bool = False
     lose: bool = False
     corrupt: bool = False
+    mute: bool = False
     wrong: bool = False
     redirect: str = ""
     times: int = 1
@@ -115,6 +117,8 @@ class Hub:
         self.half_made: list[str] = []  # branches that pointed at objects which were not there, ever
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.uploads_need_token = False
+        self.page_status, self.page_model = "ready", "modelscope:alice/beibei"  # a page that only pretends, at /page
+        self.page_answer = "我是小北，由北斗工作室打造。 I am Beibei."
         self.build_fails = ""  # the log of a build that fails
         self.lock = threading.RLock()
         self.routes: list[tuple[str, str, Handler]] = [*ROUTES, *modelscope.ROUTES, *huggingface.ROUTES]
@@ -241,7 +245,7 @@ def _handler(hub: Hub):
             pass
 
         def read(self) -> bytes | Path:
-            """The body; an upload's goes to a file. Raises ConnectionError where the other side, or a fault, cuts it."""
+            """The body; an upload's goes to a file."""
             if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
                 body = b""
                 while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
@@ -291,13 +295,18 @@ def _handler(hub: Hub):
             else:
                 response = hub.answer(request)
             request.status = response.status
+            if fault and fault.mute:
+                self.close_connection = True
+                return self.connection.close()
             return self.send(request, response, fault)
 
         def send(self, request: Request, response: Response, fault: Fault | None):
             file = response.body if isinstance(response.body, Path) else None
             size = file.stat().st_size if file else len(response.body)
             start, end = 0, size
-            if (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))) and response.status == 200:
+            if (
+                asked := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+            ) and response.status == 200:
                 start, end = int(asked[1]), min(size, int(asked[2] or size - 1) + 1)
                 response.status = request.status = 206
                 response.headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
@@ -439,7 +448,29 @@ def lfs_download(hub: Hub, request: Request, match: re.Match) -> Response:
     return Response(200, stored) if stored.exists() else Response(404)
 
 
+def page_health(hub: Hub, request: Request, match: re.Match) -> Response:
+    status = 200 if hub.page_status == "ready" else 503
+    return Response.json({"status": hub.page_status, "model": hub.page_model, "reason": "out of memory"}, status)
+
+
+def page_info(hub: Hub, request: Request, match: re.Match) -> Response:
+    names = {"message": None, "system": "You are …", "temperature": 0.7}
+    parameters = [{"parameter_name": name, "parameter_default": value} for name, value in names.items()]
+    return Response.json({"named_endpoints": {"/chat": {"parameters": parameters}}})
+
+
+def page_call(hub: Hub, request: Request, match: re.Match) -> Response:
+    if request.method == "POST":
+        return Response.json({"event_id": "1"})
+    answer = json.dumps([hub.page_answer])
+    body = f'event: generating\ndata: ["…"]\n\nevent: complete\ndata: {answer}\n\n'
+    return Response(200, body.encode(), {"Content-Type": "text/event-stream"})
+
+
 ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", r"/page/healthz", page_health),
+    ("GET", r"/page/gradio_api/info", page_info),
+    ("GET|POST", r"/page/gradio_api/call/chat(?:/1)?", page_call),
     ("POST", GIT + r"/info/lfs/objects/batch", lfs_batch),
     ("GET|POST", GIT + r"/(?P<service>info/refs|git-upload-pack|git-receive-pack)", git),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", lfs_upload),
