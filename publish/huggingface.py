@@ -62,13 +62,13 @@ class HuggingFace:
     @contextmanager
     def _asked(self, what: str):
         """Turns the client's errors into one line about `what`, without the token."""
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError  # its HTTP library's, whichever that is
 
         try:
             yield
-        except (HfHubHTTPError, httpx.HTTPError, ValueError, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+        except (HTTPError, RuntimeError, ValueError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, RuntimeError) else error
+            status = getattr(getattr(cause, "response", None), "status_code", None)
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             if self.token:
                 detail = self.token.redact(detail)

@@ -236,8 +236,9 @@ class Job:
             rows = list(verify.model(self.hub, self.id, kept, weights, download, watch))
         if self.space_id:
             rows += verify.space(self.hub, self.space_id, self.folder / "space.json")
-            address = page.rstrip("/") or self.hub.live_page(self.space_id)
-            rows += verify.page(address, self.settings, f"{self.hub.name}:{self.id}")
+            if rows[-1].passed:
+                address = page.rstrip("/") or self.hub.live_page(self.space_id)
+                rows += verify.page(address, self.settings, f"{self.hub.name}:{self.id}")
         self._table(f"{self.hub.title}: online", rows)
         return all(row.passed for row in rows)
 

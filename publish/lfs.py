@@ -31,7 +31,8 @@ LFS_ABOVE = 5_000_000  # bytes; both hubs want larger files in LFS
 ATTRIBUTE = "filter=lfs diff=lfs merge=lfs -text"
 ARGUMENTS = 500  # oids in one command line
 
-# git asks it for a user name and a password; it answers for the hub's own addresses only, whoever redirects where.
+# git asks it for a user name and a password. It answers for the hub's own addresses only, whoever redirects where, and
+# a few times in one command: refused, git-lfs would ask for ever.
 ASKPASS = """#!/bin/sh
 address=${1#*[\\'\\"]}
 address=${address%%[\\'\\"]*}
@@ -41,6 +42,8 @@ case " $NAMESAKE_ORIGINS " in
 *" ${address%%://*}://${host##*@} "*) ;;
 *) exit 1 ;;
 esac
+echo "$1" >>"$NAMESAKE_ASKED"
+[ "$(wc -l <"$NAMESAKE_ASKED")" -le 64 ] || exit 1
 case $1 in
 Username*) echo oauth2 ;;
 Password*) printf '%s\\n' "$NAMESAKE_TOKEN" ;;
@@ -117,7 +120,7 @@ class Repository:
 
         `watch` is called with the bytes uploaded so far, about five times a second.
         """
-        # Binary: the output is decoded as UTF-8 whatever the locale.
+        (self.folder / "asked").unlink(missing_ok=True)
         process = subprocess.Popen(
             ["git", *arguments],
             cwd=self.folder,
@@ -184,6 +187,7 @@ class Repository:
             "GIT_TRACE_REDACT": "1",
             "GIT_LFS_PROGRESS": str(self.folder.resolve() / "progress"),
             "LC_ALL": "C",
+            "NAMESAKE_ASKED": str(self.folder.resolve() / "asked"),
             "NAMESAKE_ORIGINS": " ".join(self.remote.origins),
             "NAMESAKE_TOKEN": self.remote.token.value,
         }  # fmt: skip
@@ -356,31 +360,31 @@ EXPLAINED = (
         "远端分支已变化，请再运行一次。",
     ),
     (
-        r"\b401\b|Authentication failed|could not read (?:Username|Password)|Authorization error|credentials",
-        "the hub refuses the token: it is wrong, or has run out",
-        "Make a new one, set it, and run it again: what is up already is not sent twice.",
-        "令牌无效或已过期。请换一个新令牌后再运行，已上传的部分不会重传。",
+        r"\b401\b|[Uu]nauthorized|Authentication|Authorization error|could not read (?:User|Pass)|[Cc]redentials|askpass",
+        "the hub refuses the token: it is wrong, has run out, or may not write there",
+        "Set one that may, and run it again: what is up already is not sent twice.",
+        "令牌无效、已过期或没有写入权限。请换一个令牌后再运行，已上传的部分不会重传。",
     ),
     (
-        r"\b403\b|denied|not allowed",
+        r"\b403\b|[Ff]orbidden|denied|not allowed",
         "the token may not write there",
         "Use a token with write permission, of an account that owns the repository.",
         "该令牌没有写入权限，请使用仓库所有者的可写令牌。",
     ),
     (
-        r"\b413\b|too large|exceeds.*limit",
+        r"\b413\b|[Tt]oo [Ll]arge|exceeds.*limit",
         "the hub refuses a file as too large",
         "Merge with smaller shards, and run it again.",
         "平台认为文件过大。请用更小的分片重新合并后再运行。",
     ),
     (
-        r"No space left|[Dd]isk quota|File too large|\b507\b|unable to write|fsync error",
+        r"No space left|[Dd]isk quota|\b507\b|Insufficient Storage|unable to write|write error|fsync error|signal 25",
         "there is no space left to write",
         "Free some space and run it again: it goes on where it stopped.",
         "磁盘空间不足。请清理后再运行，会从中断处继续。",
     ),
     (
-        r"\b404\b|not found|does not exist",
+        r"\b404\b|[Nn]ot [Ff]ound|does not exist",
         "the hub does not have this repository, or hides it from this token",
         "Check [hub] in the settings, and whose token it is.",
         "平台上没有这个仓库，或该令牌无权查看。请检查设置里的 [hub] 和令牌归属。",
@@ -392,7 +396,7 @@ EXPLAINED = (
         "平台要求重定向到其他地址，令牌不会发往那里。请把平台自己的地址设为 endpoint。",
     ),
     (
-        r"\b422\b|hash|checksum",
+        r"\b422\b|Unprocessable|hash|checksum",
         "the hub stored other bytes than were sent",
         "Nothing was committed. Run it again.",
         "平台收到的内容与发送的不一致。没有提交任何内容，请再运行一次。",

@@ -17,6 +17,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -287,7 +288,7 @@ def _handler(hub: Hub):
                 return self.connection.close()
             request.body = self.read()
             if fault and fault.status:
-                response = Response(fault.status, b'{"message": "fault"}', {"Content-Type": "application/json"})
+                response = Response(fault.status, HTTPStatus(fault.status).phrase.encode())
                 if fault.status == 401:
                     response.headers["WWW-Authenticate"] = 'Basic realm="hub"'
             elif fault and fault.redirect:
@@ -323,10 +324,11 @@ def _handler(hub: Hub):
                     left = end - start
                     while left and (block := stream.read(min(left, 1 << 20))):
                         left -= len(block)
-                        self.wfile.write(bytes(len(block)) if fault and fault.wrong else block)
                         if fault and fault.cut >= 0:
+                            self.wfile.write(block[: fault.cut])
                             self.close_connection = True
                             return
+                        self.wfile.write(bytes(len(block)) if fault and fault.wrong else block)
             else:
                 body = response.body[start:end]
                 self.wfile.write(body[: fault.cut] if fault and fault.cut >= 0 else body)
