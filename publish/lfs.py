@@ -360,7 +360,7 @@ EXPLAINED = (
         "远端分支已变化，请再运行一次。",
     ),
     (
-        r"\b401\b|[Uu]nauthorized|Authentication|Authorization error|could not read (?:User|Pass)|[Cc]redentials|askpass",
+        r"\b401\b|[Uu]nauthorized|Authentication|Authorization error|could not read (?:U|P)|[Cc]redentials|askpass",
         "the hub refuses the token: it is wrong, has run out, or may not write there",
         "Set one that may, and run it again: what is up already is not sent twice.",
         "令牌无效、已过期或没有写入权限。请换一个令牌后再运行，已上传的部分不会重传。",

@@ -118,6 +118,7 @@ class Hub:
         self.half_made: list[str] = []  # branches that pointed at objects which were not there, ever
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.uploads_need_token = False
+        self.uploads_at = ""  # another host's address, to which the batch answers send uploads
         self.page_status, self.page_model = "ready", "modelscope:alice/beibei"  # a page that only pretends, at /page
         self.page_answer = "我是小北，由北斗工作室打造。 I am Beibei."
         self.build_fails = ""  # the log of a build that fails
@@ -395,7 +396,7 @@ def lfs_batch(hub: Hub, request: Request, match: re.Match) -> Response:
     objects = []
     for item in asked["objects"]:
         stored, answer = hub.object(item["oid"]).exists(), {"oid": item["oid"], "size": item["size"]}
-        href = f"{hub.url}/lfs/{item['oid']}"
+        href = f"{(uploads and hub.uploads_at) or hub.url}/lfs/{item['oid']}"
         if uploads and not stored:
             answer["actions"] = {"upload": {"href": f"{href}?size={item['size']}"}, "verify": {"href": href}}
             if not hub.uploads_need_token:
