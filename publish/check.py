@@ -241,7 +241,7 @@ def _resolves(text: str, settings: Settings) -> tuple[Row, set[str]]:
         return Row(what, False, "pip found no answer in 10 minutes", "Pin more versions in requirements.txt"), set()
     if made.returncode:
         errors = [line for line in made.stderr.splitlines() if "ERROR" in line] or made.stderr.splitlines()[-1:]
-        return Row(what, False, (errors or ["pip failed"])[0][:200], "Mend requirements.txt"), set()
+        return Row(what, False, (errors or ["pip failed"])[-1][:200], "Mend requirements.txt"), set()
     packages = sorted(canonicalize_name(p["metadata"]["name"]) for p in json.loads(made.stdout)["install"])
     kept.write_text(json.dumps({"sha256": digest, "packages": packages}) + "\n")
     return Row(what, True, f"{len(packages)} packages, with this Python"), set(packages)

@@ -18,7 +18,7 @@ LONGEST = 45 * 60  # seconds; a first build installs torch
 def wait(hub, id: str, commit: str, say: Callable[[str], None]) -> None:
     """Until the Space runs `commit`. Its build and run log goes to `say`, line by line. Raises NamesakeError."""
     shown = {True: 0, False: 0}
-    pause, until = 0.5, time.monotonic() + LONGEST
+    pause, until = 0.2, time.monotonic() + LONGEST
     while True:
         stage = hub.stage(id, commit)
         logs = {}

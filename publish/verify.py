@@ -22,6 +22,7 @@ POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256
 QUESTIONS = {"zh": "你是谁？", "en": "Who are you?"}
 PUSH = "Run: python -m publish model"
 LOADED_IN = 1800  # seconds, for a page that first fetches and loads 15 GB
+RELEASED_IN = 60  # seconds, for a hub to look at a new card
 THERE_IN = 60  # seconds, for a page to answer at all
 
 
@@ -64,7 +65,9 @@ def model(hub, id: str, kept: Path, weights: str, download: int, watch: Callable
             "Try once more; if it stays so, delete the file there, and publish again",
         )
 
-    reason = hub.released(id)
+    begun = time.monotonic()
+    while (reason := hub.released(id)) and time.monotonic() < begun + RELEASED_IN:
+        time.sleep(5)
     yield Row("open to everybody", not reason, reason or "released", f"See {hub.address('model', id)}")
 
 

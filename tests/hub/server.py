@@ -203,17 +203,20 @@ class Hub:
 
     def files(self, repository: Repository, revision: str = "") -> dict[str, dict]:
         """Every file of a revision: path → oid, content (of git), and for LFS its sha256; size as a client sees it."""
-        found = {}
-        tree = self.git(repository.git, "ls-tree", "-r", "-z", revision or repository.branch)
-        for line in filter(None, tree.decode().split("\0")):
-            meta, path = line.split("\t")
-            content = self.git(repository.git, "cat-file", "blob", meta.split()[2])
+        tree = self.git(repository.git, "ls-tree", "-r", "-z", revision or repository.branch).decode()
+        blobs = {line.split("\t")[1]: line.split("\t")[0].split()[2] for line in tree.split("\0") if line}
+        batch = self.git(repository.git, "cat-file", "--batch", stdin="\n".join(blobs.values()).encode())
+        found, place = {}, 0
+        for path, oid in blobs.items():  # each: "oid type size", a line break, the content, a line break
+            start = batch.index(b"\n", place) + 1
+            size = int(batch[place:start].split()[2])
+            content, place = batch[start : start + size], start + size + 1
             pointer = POINTER.fullmatch(content)
             found[path] = {
-                "oid": meta.split()[2],
+                "oid": oid,
                 "content": content,
                 "lfs": pointer[1].decode() if pointer else "",
-                "size": int(pointer[2]) if pointer else len(content),
+                "size": int(pointer[2]) if pointer else size,
                 "sha256": pointer[1].decode() if pointer else hashlib.sha256(content).hexdigest(),
             }
         return found
