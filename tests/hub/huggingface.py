@@ -6,7 +6,7 @@ import base64
 import json
 import re
 
-from tests.hub.modelscope import start
+from tests.hub.modelscope import one_by_one, start
 from tests.hub.server import ATTRIBUTES, Handler, Hub, Repository, Request, Response
 
 REPO = r"/api/(?P<kind>model|space)s/(?P<id>[^/]+/[^/]+)"
@@ -165,7 +165,7 @@ def logs(hub: Hub, request: Request, match: re.Match, repository: Repository) ->
 
 ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", r"/api/whoami-v2", needs_token(whoami)),
-    ("POST", r"/api/repos/create", needs_token(create)),
+    ("POST", r"/api/repos/create", needs_token(one_by_one(create))),
     ("POST", r"/api/validate-yaml", lambda *_: Response.json({"errors": [], "warnings": []})),
     ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", needs_token(known(preupload))),
     ("POST", REPO + r"/commit/(?P<revision>[^/]+)", needs_token(known(commit))),

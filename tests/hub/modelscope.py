@@ -32,6 +32,16 @@ def needs_token(handler: Handler) -> Handler:
     return checked
 
 
+def one_by_one(handler: Handler) -> Handler:
+    """For handlers that look first and then create."""
+
+    def alone(hub: Hub, request: Request, match: re.Match) -> Response:
+        with hub.lock:
+            return handler(hub, request, match)
+
+    return alone
+
+
 def whoami(hub: Hub, request: Request, match: re.Match) -> Response:
     return data({"username": hub.user, "email": f"{hub.user}@example.com"})
 
@@ -178,13 +188,13 @@ def offers(hub: Hub, request: Request, match: re.Match) -> Response:
 
 ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", r"/openapi/v1/users/me", needs_token(whoami)),
-    ("POST", r"/api/v1/models", needs_token(create_model)),
+    ("POST", r"/api/v1/models", needs_token(one_by_one(create_model))),
     ("GET", rf"/api/v1/models/{ID}/repo/files", model_files),
     ("GET|HEAD", rf"/api/v1/models/{ID}/repo", model_file),
     ("GET", rf"/api/v1/models/{ID}/revisions", revisions),
     ("GET", rf"/api/v1/models/{ID}", model),
     ("GET", r"/openapi/v1/studios/(?P<what>hardware|base-images|sdk-versions)", offers),
-    ("POST", r"/openapi/v1/studios", needs_token(create_studio)),
+    ("POST", r"/openapi/v1/studios", needs_token(one_by_one(create_studio))),
     ("GET", rf"/openapi/v1/studios/{ID}", studio),
     ("PATCH", rf"/openapi/v1/studios/{ID}/settings", needs_token(settings)),
     ("POST", rf"/openapi/v1/studios/{ID}/deploy", needs_token(deploy)),
