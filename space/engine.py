@@ -249,6 +249,7 @@ class Engine:
                 lead = self._space_between(fitted.ids[-1], run.watch.first_id) if resume and text else ""
                 answer = self._state(answer, run, lead + text, started)
                 yield answer
+            run.thread.join()  # the text's end comes a moment before the ids and the error
             if run.error and not isinstance(run.error, _Stopped):
                 raise _explained(run.error) from run.error
             ended = "finished" if run.ids and run.ids[-1] in self.end_ids else "length"
