@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from space.settings import NamesakeError, Settings
 
 PAGE = ("app.py", "assistant.toml", "requirements.txt")  # and space/
-NOT_PUBLISHED = {"run.json", "README.md"}  # of the merged folder: the step's own record, and a card that is made anew
+NOT_PUBLISHED = {"README.md"}  # of the merged folder: the card is made anew
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ QUESTIONS = {"zh": "你是谁？", "en": "Who are you?"}
 PUSH = "Run: python -m publish model"
 LOADED_IN = 1800  # seconds, for a page that first fetches and loads 15 GB
 RELEASED_IN = 60  # seconds, for a hub to look at a new card
-THERE_IN = 60  # seconds, for a page to answer at all
+THERE_IN = 120  # seconds, for a page to answer at all
 
 
 def record(path: Path, id: str, commit: str, files: list[File], weights: str = "") -> None:

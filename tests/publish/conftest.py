@@ -78,7 +78,7 @@ def safetensors(values: int, seed: int) -> bytes:
 def write_sums(folder: Path) -> str:
     """SHA256SUMS over every other file, as the merge step writes it. Returns the weights' identity."""
     names = sorted({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()})
-    listed = [name for name in names if name not in ("SHA256SUMS", "run.json")]
+    listed = [name for name in names if name != "SHA256SUMS"]
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in listed]
     (folder / "SHA256SUMS").write_text("".join(lines))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

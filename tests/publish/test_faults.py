@@ -26,9 +26,8 @@ def assert_online(hub, run) -> None:
     """The model on the hub is the merged folder, file by file, and its weights are stored."""
     there = hub.files(hub.get("model", MODEL))
     for path in run.merged.iterdir():
-        if path.name != "run.json":
-            content = hub.content(there[path.name])
-            assert (content if isinstance(content, bytes) else content.read_bytes()) == path.read_bytes(), path.name
+        content = hub.content(there[path.name])
+        assert (content if isinstance(content, bytes) else content.read_bytes()) == path.read_bytes(), path.name
 
 
 EVER = 99
