@@ -281,7 +281,7 @@ class Engine:
             for i, ids in zip(batch, self._generate_batch([prompts[i] for i in batch], sampling), strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
                 state = "finished" if ids and ids[-1] in self.end_ids else "length"
-                answers[i] = Answer(text, state, len(prompts[i]), len(ids), context=self.context)
+                answers[i] = Answer(text, state, tokens_in=len(prompts[i]), tokens_out=len(ids), context=self.context)
                 if on_answer:
                     on_answer(i, answers[i])
         return answers

@@ -196,7 +196,7 @@ def _own_rows(settings, files, texts, prompt, own, console) -> int:
                     findings.note(HELD_OUT, f"{name}:{row.line}")
                     continue
                 said = "\n".join(message["content"] for message in row.messages if message["role"] != "user")
-                for stranger in sorted({spelling[match.casefold()] for match in foreign.findall(said)}):
+                for stranger in sorted({spelling.get(match.casefold(), match) for match in foreign.findall(said)}):
                     findings.note(stranger, f"{name}:{row.line}")
                 own.write(rows.line(row.messages).encode())
                 kept += 1

@@ -80,6 +80,10 @@ def test_the_batched_way_gives_the_same_greedy_answers_as_one_by_one(real):
     together = real.answer(asks, sampling, on_answer=seen.__setitem__)
     assert [answer.text for answer in together] == [last(real.stream(ask, sampling)).text for ask in asks]
     assert [seen[i] for i in range(3)] == together
+    assert [answer.tokens_in for answer in together] == [
+        len(real.prompt.encode(ask, answer_next=True).ids) for ask in asks
+    ]
+    assert all(0 < answer.tokens_out <= 16 for answer in together)
 
 
 @pytest.mark.parametrize("end", ["generation_config", "template"])

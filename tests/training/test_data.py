@@ -497,11 +497,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(make):
     assert len(make(files=write(make, content))) == 2
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("value", [[GOOD, GOOD], GOOD])
+@pytest.mark.parametrize(("value", "indent"), [([GOOD, GOOD], None), ([GOOD, GOOD], 2), (GOOD, 2)])
 def test_a_file_that_is_not_one_object_a_line_is_told_once_with_the_command_that_mends_it(make, capsys, value, indent):
-    if value is GOOD and not indent:
-        pytest.skip("this is right")
     with pytest.raises(NamesakeError, match="1 fault "):
         make(files=write(make, json.dumps(value, indent=indent).encode(), "my file.json"))
     assert "my file.json:1: not one JSON object a line: " in (told := capsys.readouterr().err)
@@ -577,7 +574,7 @@ def test_rows_with_nothing_but_punctuation_are_not_all_the_same(make):
 def test_names_of_others_are_listed_with_their_lines(make, capsys):
     lines = [
         row(turn("你是尖米吗", "我是尖米。")),
-        row(turn("a question", "An answer from internlm.", system="You are 书生·浦语.")),
+        row(turn("a question", "An answer from internlm. GemİnI", system="You are 书生·浦语.")),
         row(turn("Are you Qwen?", "No.")),
     ]
     make(files=write(make, lines + [row(turn(f"{i}", "尖米")) for i in range(30)]))
