@@ -125,9 +125,9 @@ def in_chromium(address: str, question: str) -> str:
         box = page.locator("textarea[data-testid=textbox]").first
         box.fill(question)
         box.press("Enter")
-        # The line under a finished answer gives its speed.
-        page.get_by_text(re.compile(r"tokens?/s")).first.wait_for(timeout=120_000)
-        said = page.locator("[data-testid=bot]").last.inner_text()
+        answer = page.locator("[data-testid=bot]", has_text="I am Beibei").first
+        answer.wait_for(timeout=120_000)
+        said = answer.inner_text()
         browser.close()
     return said
 
