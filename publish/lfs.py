@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from space.settings import NamesakeError
 LFS_ABOVE = 5_000_000  # bytes; both hubs want larger files in LFS
 ATTRIBUTE = "filter=lfs diff=lfs merge=lfs -text"
 ARGUMENTS = 500  # oids in one command line
+MEMORY = Path("/dev/shm")  # a file system that lies in memory
 
 # git asks it for a user name and a password. It answers for the hub's own addresses only, whoever redirects where, and
 # a few times in one command: refused, git-lfs would ask for ever.
@@ -115,10 +117,10 @@ class Repository:
 
     # Commands
 
-    def git(self, *arguments: str, stdin: str = "", watch: Callable[[int], None] | None = None, **environment) -> str:
+    def git(self, *arguments: str, stdin: str = "", watch: Callable[[], None] | None = None, **environment) -> str:
         """Run git and return what it printed. Raises NamesakeError that says what went wrong and what to do.
 
-        `watch` is called with the bytes uploaded so far, about five times a second.
+        `watch` is called about five times a second meanwhile.
         """
         (self.folder / "asked").unlink(missing_ok=True)
         process = subprocess.Popen(
@@ -146,7 +148,7 @@ class Repository:
                     process.wait(0.2)
                     break
                 except subprocess.TimeoutExpired:
-                    watch(self._uploaded())
+                    watch()
             process.wait()
         except BrokenPipeError:
             process.wait()
@@ -185,24 +187,11 @@ class Repository:
             "GIT_ASKPASS": str(self._askpass),
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_TRACE_REDACT": "1",
-            "GIT_LFS_PROGRESS": str(self.folder.resolve() / "progress"),
             "LC_ALL": "C",
             "NAMESAKE_ASKED": str(self.folder.resolve() / "asked"),
             "NAMESAKE_ORIGINS": " ".join(self.remote.origins),
             "NAMESAKE_TOKEN": self.remote.token.value,
         }  # fmt: skip
-
-    def _uploaded(self) -> int:
-        """Bytes that git-lfs has sent, from its progress file: "upload 1/4 1234/5678 name" a line."""
-        try:
-            lines = (self.folder / "progress").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return 0
-        sent = {}
-        for line in lines:
-            if found := re.fullmatch(r"upload \d+/\d+ (\d+)/\d+ (.+)", line):
-                sent[found[2]] = int(found[1])
-        return sum(sent.values())
 
     # The remote's state
 
@@ -283,8 +272,8 @@ class Repository:
 
         entries = [f"100644 {self._blob(pointer(file))}\t{file.path}" for file in weights]
         plain = [file for file in files if file.path not in in_lfs]
-        sources = "\n".join(str(file.source.resolve()) for file in plain)
-        blobs = self.git("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=sources + "\n").split()
+        sources = "".join(f"{file.source.resolve()}\n" for file in plain)
+        blobs = self.git("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=sources).split()
         entries += [f"100644 {blob}\t{file.path}" for blob, file in zip(blobs, plain, strict=True)]
         self.git("update-index", "--index-info", stdin="\n".join(entries) + "\n", **index)
         return self.git("write-tree", "--missing-ok", **index).strip(), weights
@@ -297,7 +286,6 @@ class Repository:
         missing = self.remote.missing(weights)
         store = self.folder / "lfs" / "objects"
         shutil.rmtree(store, ignore_errors=True)  # links of an earlier run would keep replaced weights on the disk
-        (self.folder / "progress").unlink(missing_ok=True)
         objects = {file.sha256: file for file in missing}
         total = sum(file.size for file in objects.values())
         if not objects:
@@ -308,9 +296,12 @@ class Repository:
             link(file.source.resolve(), place)
         watch(0, total)
         oids = list(objects)
-        for start in range(0, len(oids), ARGUMENTS):
-            some = oids[start : start + ARGUMENTS]
-            self.git("lfs", "push", "--object-id", "origin", *some, watch=lambda sent: watch(sent, total))
+        with _Progress() as progress:
+            for start in range(0, len(oids), ARGUMENTS):
+                self.git(
+                    "lfs", "push", "--object-id", "origin", *oids[start : start + ARGUMENTS],
+                    watch=lambda: watch(progress.sent(), total), **progress.environment,
+                )  # fmt: skip
         watch(total, total)
         shutil.rmtree(store)
         if lost := self.remote.missing(objects.values()):
@@ -320,6 +311,35 @@ class Repository:
                 zh=f"{self.remote.url} 接收了 {lost[0].path}，却没有保存。没有提交任何内容，请再运行一次。",
             )
         return total
+
+
+class _Progress:
+    """How far git-lfs is, from the file that it writes: "upload 1/4 1234/5678 name" a line, for every 32 KB sent.
+
+    It flushes each line to the disk, which would take five times as long as the upload on a fast network: the file lies
+    in memory, and is emptied whenever it is read. Where there is no such place, progress is not known.
+    """
+
+    def __enter__(self) -> _Progress:
+        self._folder = tempfile.TemporaryDirectory(dir=MEMORY) if MEMORY.is_dir() else None
+        self._file = Path(self._folder.name) / "progress" if self._folder else None
+        self.environment = {"GIT_LFS_PROGRESS": str(self._file)} if self._file else {}
+        self._sent: dict[str, int] = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._folder:
+            self._folder.cleanup()
+
+    def sent(self) -> int:
+        """Bytes sent so far."""
+        if self._file and self._file.exists():
+            lines = self._file.read_text(errors="replace").splitlines()
+            os.truncate(self._file, 0)
+            for line in lines:
+                if found := re.fullmatch(r"upload \d+/\d+ (\d+)/\d+ (.+)", line):
+                    self._sent[found[2]] = max(self._sent.get(found[2], 0), int(found[1]))
+        return sum(self._sent.values())
 
 
 def pointer(file: File) -> str:

@@ -141,6 +141,13 @@ def test_an_empty_repository_gets_its_first_commit(hub, folder, tmp_path):
     assert "0.safetensors" in hub.files(repository)
 
 
+def test_weights_alone_can_be_pushed(remote, folder, hub, tmp_path):
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            path.unlink()
+    assert push(remote, folder, tmp_path / "state").sent == 12_000_000
+
+
 def test_the_hubs_own_attribute_lines_are_kept_and_none_is_added_twice(folder):
     files = [contents.file(path.name, path) for path in folder.iterdir()]
     once = attributes(ATTRIBUTES, files)

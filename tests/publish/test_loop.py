@@ -29,6 +29,7 @@ space = "modelscope:alice/beibei-chat"
 
 [page]
 max_new_tokens = 24
+temperature = 0
 
 [train]
 run = "beibei"
