@@ -174,7 +174,8 @@ class Job:
 
     def model(self) -> None:
         """Create the model repository where there is none, and push to it."""
-        self._visible("model", self.id) or self.hub.create_model(self.id, self.settings)
+        if not self._visible("model", self.id):
+            self.hub.create_model(self.id, self.settings)
         files = self.model_files()
         ours = {file.path for file in files}
 

@@ -91,7 +91,7 @@ def test_git_credential_helpers_do_not_get_it(run, hub, home):
     "request_line", ["GET .*info/refs", "objects/batch", "POST .*git-receive-pack", "PUT", "POST /lfs"]
 )
 def test_a_redirect_of_git_takes_it_nowhere(request_line, run, hub, foreign):
-    foreign.uploads_need_token = True
+    hub.uploads_need_token = foreign.uploads_need_token = True
     hub.faults.append(Fault(request_line, redirect=foreign.url, times=50))
     with pytest.raises(NamesakeError):
         Job(load(run.config), run.config, ModelScope).model()
@@ -100,7 +100,7 @@ def test_a_redirect_of_git_takes_it_nowhere(request_line, run, hub, foreign):
 
 def test_an_upload_address_on_another_host_does_not_get_it(run, hub, foreign, monkeypatch):
     """The batch answer names an address in clear on another host, which asks for a password."""
-    foreign.uploads_need_token = True
+    hub.uploads_need_token = foreign.uploads_need_token = True
     monkeypatch.setattr(hub, "uploads_at", foreign.url)
     with pytest.raises(NamesakeError):
         Job(load(run.config), run.config, ModelScope).model()
