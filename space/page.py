@@ -31,6 +31,12 @@ THEME = gr.themes.Soft(
     # No web fonts: the page shows at once where their hosts cannot be reached.
     font=["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"],
     font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+).set(
+    block_title_background_fill="none",
+    block_title_background_fill_dark="none",
+    block_title_text_color="*body_text_color",
+    block_title_text_color_dark="*body_text_color",
+    block_title_padding="0",
 )
 
 # The text box while an answer is made, and after it. In the browser alone, so that they work with the connection lost.

@@ -83,7 +83,7 @@ class ScriptedEngine:
             return (" ".join(f"word{i}" for i in range(count)) for count in range(1, 3000))
         if order == "markup":
             return ["<b>bold</b> and **strong**"]
-        words = " and the rest".split(" ") if resume else f"You said {question}".split(" ")
+        words = ["", "and", "the", "rest"] if resume else f"You said {question}".split(" ")
         return [" ".join(words[: count + 1]) for count in range(len(words))]
 
 
@@ -127,7 +127,7 @@ def server():
 def browser():
     from playwright.sync_api import expect, sync_playwright
 
-    expect.set_options(timeout=10_000)
+    expect.set_options(timeout=6_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
         yield browser
