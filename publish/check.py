@@ -35,6 +35,7 @@ SECRETS = re.compile(
     r"|(?i:(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"'][0-9a-f-]{32,}[\"']))"
 )
 MODULES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}  # module → package, where the names differ
+PROVIDED = {"spaces"}  # Hugging Face installs it in every Space; the page asks for it on ZeroGPU alone
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _page(page: list[File], settings: Settings) -> Iterator[Row]:
         except SyntaxError as error:
             faults.append(f"{file.path}:{error.lineno} is not Python")
             continue
-        for module in sorted(_needed(tree) - sys.stdlib_module_names - own):
+        for module in sorted(_needed(tree) - sys.stdlib_module_names - own - PROVIDED):
             if module in ("training", "publish"):
                 faults.append(f"{file.path} imports {module}, which does not go up")
             elif installed and canonicalize_name(MODULES.get(module, module)) not in installed:

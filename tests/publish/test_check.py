@@ -175,7 +175,7 @@ def test_a_page_that_would_not_start_does_not_go_up(file, text, row, says, run, 
 
 PACKAGES = [
     *("accelerate", "anyio", "fastapi", "filelock", "gradio", "huggingface-hub", "jinja2", "modelscope", "peft"),
-    *("psutil", "tokenizers", "torch", "tqdm", "transformers", "typer", "starlette", "spaces"),
+    *("psutil", "tokenizers", "torch", "tqdm", "transformers", "typer", "starlette"),
 ]
 
 
