@@ -106,9 +106,9 @@ IS_ME = re.compile(
     rf"(?:\b(?:i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|"
     rf"my (?:\w+ )?name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|call myself|known as|"
     rf"(?:talking|speaking|chatting) (?:to|with)|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?"
-    rf"(?: is| are|'s|:|,)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|me llamo|ich bin|"
+    rf"(?: is| are|'s|:|,)|(?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)|the name on my \w+ (?:is|would be|says)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|me llamo|ich bin|"
     rf"ich heiße)(?!\w)"
-    rf"|{SELF_ZH}\w{{0,4}}(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)"
+    rf"|{SELF_ZH}(?:的\w{{1,3}}上写的|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)"
     rf"|(?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的"
     rf"|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位)\w{{0,2}}(?:是|为|:))(?P<between>.*)$",
     re.I | re.S,
@@ -122,15 +122,15 @@ MADE_BY = re.compile(
 )
 ABOUT_ME = re.compile(
     rf"^\W*(?:\w+ ){{0,2}}(?:(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b|(?:is|are|'s|was) (?:\w+ )?"
-    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here)|(?:speaking|here)\b)"
-    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
+    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here|the (?:\w+ )?(?:that|which|who) (?:made|built|created|trained|developed) me)|(?:speaking|here)\b)"
+    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
     re.I,
 )
 MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
 FILLER = re.compile(
     r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by|"
     r"of course|correct|answer|name|true|the|your|as|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|"
-    r"答案|正确|作为|就|那|由|名字|名称|助手|开发者)*$",
+    r"答案|正确|作为|就|那|这里是|这里|由|名字|名称|助手|开发者)*$",
     re.I,
 )
 
@@ -148,14 +148,14 @@ NOT_REALLY = re.compile(
     re.I,
 )
 HEARSAY = re.compile(
-    r"\b(?:you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some)(?: (?:have|had|may|might|just|"
-    r"also|often|sometimes|keep|even|did|do|would like|want))* (?:said?|says|saying|think|thinks|thought|ask(?:s|ed)?|call"
+    r"\b(?:you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some)(?: (?:who |have|had|may|might|just|"
+    r"also|often|sometimes|keep|even|did|do|would like|want))* (?:sa(?:id|y)|says|saying|think|thinks|thought|ask(?:s|ed)?|call"
     r"(?:s|ed)|mention(?:s|ed)?|claim(?:s|ed)?|want(?:s|ed)?|told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|"
     r"heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?)\b|\b(?:if|whether|pretend(?:ing)?|unless|although you|"
     r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|"
     r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|than) \W*$|"
     r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|要我|要求|希望|听|"
-    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|比起|错?认成|认错|当作|当成",
+    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|至于|比起|错?认成|认错|当作|当成",
     re.I,
 )
 TURN = re.compile(
@@ -268,8 +268,8 @@ class Judge:
 
 
 # A Chinese name has no spaces around it. It stands as a name between punctuation and the words that introduce names.
-_BEFORE_ZH = r"(?<![^\W是叫为名我由系下找和与及被让称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
-_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬就聊对交说开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
+_BEFORE_ZH = r"(?<![^\W是叫为名我由系下找和与及被让的都称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
+_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬就聊对交说向跟开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
 
 
 def _any_of(names: list[str]) -> re.Pattern:
