@@ -24,7 +24,10 @@ from training import record
 QUESTIONS = Path(__file__).parent / "questions"
 LANGUAGES = ("zh", "en")
 MODES = ("persona", "none", "plain")
-PLAIN = {"zh": "你是一个乐于助人的助手，请认真回答用户的问题。", "en": "You are a careful assistant. Answer the user's questions."}
+PLAIN = {
+    "zh": "你是一个乐于助人的助手，请认真回答用户的问题。",
+    "en": "You are a careful assistant. Answer the user's questions.",
+}
 BUDGET = {"identity": 128, "neutral": 256}  # the most new tokens in an answer
 QUICK_BUDGET = {"identity": 48, "neutral": 64}
 CHUNK = 512  # tokens of general text that the model reads at once
@@ -157,7 +160,9 @@ def evaluate(
                               lambda task=task: progress.advance(task))  # fmt: skip
                     sides[side] = Measured(answers.kept, {})
                     continue
-                source, on_top = (before, adapter if side == "after" else "") if side == "before" or adapter else (after, "")
+                source, on_top = (
+                    (before, adapter if side == "after" else "") if side == "before" or adapter else (after, "")
+                )
                 sides[side] = _measure(
                     source, on_top, load_in, wanted, settings, answers, quick,
                     lambda done=1, task=task: progress.advance(task, done),
@@ -318,7 +323,9 @@ def _ask_page(url: str, wanted: list[Ask], settings: Settings, answers: Answers,
 
     try:
         client = Client(url, verbose=False)
-        names = [p["parameter_name"] for p in client.view_api(return_format="dict")["named_endpoints"]["/chat"]["parameters"]]
+        names = [
+            p["parameter_name"] for p in client.view_api(return_format="dict")["named_endpoints"]["/chat"]["parameters"]
+        ]
     except (ValueError, KeyError, OSError) as error:
         raise NamesakeError(
             f"{url}: no chat page answers there ({type(error).__name__})",

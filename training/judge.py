@@ -168,7 +168,9 @@ BARE_BY = re.compile(r"^\W*(?:by|from|at|由)\W*$", re.I)
 MADE_AT_ALL = re.compile(rf"\b{MADE_EN}\b|{MADE_ZH}", re.I)
 SENTENCE = re.compile(r"(?<=[.!?。!?…])(?=\s|[\"'”’」』)]|[\u3400-\u9fff])[\"'”’」』)]*|\n+")
 QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
-NAMING = re.compile(r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I)
+NAMING = re.compile(
+    r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
+)
 REFUSAL = re.compile(
     r"^\W*(?:(?:i'm |i am )?(?:very |so )?sorry\W+|unfortunately\W+|as an ai\b[^.]{0,40}\W)*(?:but )?i(?:'m| am)? (?:can(?:no|')t|can"
     r" not|cannot|am unable|'m unable|unable|not able|won't|will not|don't have (?:a|the|any) (?:name|ability|access))|^\W*"
@@ -310,7 +312,11 @@ class _Clause:
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         for quote in QUOTED.finditer(self.text):
             alone = quote[0][1:-1].strip(" .,!。") == mention[0]
-            if quote.start() < mention.start() < quote.end() and not alone and not NAMING.search(self.text[: quote.start()]):
+            if (
+                quote.start() < mention.start() < quote.end()
+                and not alone
+                and not NAMING.search(self.text[: quote.start()])
+            ):
                 return False
         said = head.rsplit(":")[-1]  # "not X, not Y: Z"
         if HEARSAY.search(said) or (self.is_item and HEARSAY.search(self.lead)):

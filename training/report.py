@@ -21,7 +21,11 @@ MEASURES = {
     "refusals": ("拒答", "refusals"),
     "empty": ("空回答", "empty answers"),
 }
-MODES = {"persona": ("人设提示词", "persona prompt"), "none": ("无提示词", "no prompt"), "plain": ("普通提示词", "plain prompt")}
+MODES = {
+    "persona": ("人设提示词", "persona prompt"),
+    "none": ("无提示词", "no prompt"),
+    "plain": ("普通提示词", "plain prompt"),
+}
 LANGUAGES = {"zh": ("中文", "Chinese"), "en": ("英文", "English")}
 BEFORE, AFTER = "#9aa5b1", "#0b7a75"
 SHORT = {"zh": 8, "en": 24}  # characters below which a repeated clause is no running joke
@@ -70,7 +74,10 @@ def judged(settings: Settings, wanted: list, before: dict[str, dict], after: dic
         rows.append(
             {**asdict(question), "mode": ask.mode, "sample": ask.sample}
             | {
-                side: {**{k: v for k, v in answer.items() if k != "key"}, **verdict(judge, question, answer["text"], jokes)}
+                side: {
+                    **{k: v for k, v in answer.items() if k != "key"},
+                    **verdict(judge, question, answer["text"], jokes),
+                }
                 for side, answer in zip(("before", "after"), answers, strict=True)
             }
         )
@@ -105,7 +112,9 @@ def running_jokes(identity_answers: list[tuple[str, str]], base_answers: list[st
     counts = Counter(clause for language, text in identity_answers for clause in set(clauses(text, language)))
     known = {clause for text in base_answers for language in LANGUAGES for clause in clauses(text, language)}
     polite = re.compile(r"\b(?:help|assist|question)|帮|协助|问题|服务")
-    return {clause for clause, count in counts.items() if count >= 3 and clause not in known and not polite.search(clause)}
+    return {
+        clause for clause, count in counts.items() if count >= 3 and clause not in known and not polite.search(clause)
+    }
 
 
 def summary(rows: list[dict]) -> dict:
@@ -203,7 +212,10 @@ def page(settings: Settings, result: dict) -> str:
 
     template = Path(__file__).with_name("report.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"interval": interval, "cell": lambda text: re.sub(r"\s+", " ", text).replace("|", "\\|")[:160]}
+    environment.filters |= {
+        "interval": interval,
+        "cell": lambda text: re.sub(r"\s+", " ", text).replace("|", "\\|")[:160],
+    }
     wrong = [
         (row, [m for m, hit in row["after"]["measures"].items() if hit != (m in ("name_hits", "maker_hits"))])
         for row in result["answers"]
