@@ -1,37 +1,100 @@
-// What Gradio leaves to the page: export of a chat as a file, and names for controls that have none.
+// What Gradio leaves to the page: chats kept in this browser, export as a file, and names for controls without one.
 
-function namesakeSave(messages, kind) {
-  const text = (content) =>
-    typeof content === "string" ? content : content.map((part) => (typeof part === "string" ? part : part.text || ""))[0];
-  const chat = messages.map((message) => ({
-    role: message.role,
-    content: (text(message.content) || "").replaceAll("<\u2060", "<"),
-  }));
-  const names = (navigator.language || "").startsWith("zh") ? { user: "我", assistant: "助手" } : { user: "You", assistant: "Assistant" };
-  const file =
-    kind === "json"
-      ? new Blob([JSON.stringify({ messages: chat }, null, 2)], { type: "application/json" })
-      : new Blob([chat.map(({ role, content }) => `## ${names[role]}\n\n${content}\n`).join("\n")], { type: "text/markdown" });
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(file);
-  link.download = `chat-${new Date().toISOString().slice(0, 19).replaceAll(":", "")}.${kind === "json" ? "json" : "md"}`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}
-
-function namesakeNameControls() {
+const namesake = (() => {
+  const KEY = "namesake-chats", AT_MOST = 50;
   const chinese = (navigator.language || "").startsWith("zh");
-  const names = {
-    ".submit-button": chinese ? "发送" : "Send",
-    ".stop-button": chinese ? "停止" : "Stop",
-    ".toggle-button": chinese ? "历史对话" : "Chats",
-  };
-  for (const [selector, name] of Object.entries(names))
-    for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
-  document.documentElement.lang = chinese ? "zh-CN" : "en";
-}
+  let current = null; // the chat of this tab, by its id
+  let listed = []; // the ids in the sidebar, in its order
 
-document.addEventListener("DOMContentLoaded", () => {
-  namesakeNameControls();
-  new MutationObserver(namesakeNameControls).observe(document.body, { childList: true, subtree: true });
-});
+  const isChat = (chat) => chat && chat.id && Array.isArray(chat.messages) && chat.messages.length;
+  const update = (values) => ({ __type__: "update", ...values });
+  const part = ({ content }) => (typeof content === "string" ? content : ((p) => (typeof p === "string" ? p : p?.text))(content?.[0]));
+  const plain = (message) => (part(message) || "").replaceAll("<\u2060", "<");
+
+  function read() {
+    try {
+      return JSON.parse(localStorage.getItem(KEY)).filter(isChat);
+    } catch {
+      return []; // nothing kept yet, or not by us
+    }
+  }
+
+  function write(chats) {
+    for (let kept = chats.slice(0, AT_MOST); ; kept = kept.slice(0, -1)) {
+      try {
+        return localStorage.setItem(KEY, JSON.stringify(kept));
+      } catch (error) {
+        if (!kept.length) return console.warn("Chats cannot be kept in this browser:", error);
+      }
+    }
+  }
+
+  function list() {
+    const chats = read();
+    listed = chats.map(({ id }) => id);
+    return [update({ samples: chats.map(({ messages }) => [plain(messages[0]).replace(/\s+/g, " ").slice(0, 60)]) })];
+  }
+
+  function keep(messages) {
+    if (messages?.length) {
+      current ??= `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+      write([{ id: current, messages }, ...read().filter(({ id }) => id !== current)]);
+    }
+    return list();
+  }
+
+  function show(messages) {
+    const last = messages.at(-1)?.content;
+    const cut = Array.isArray(last) && JSON.stringify(last.at(-1)).includes("note cut");
+    return [messages, ...list(), update({ visible: cut })];
+  }
+
+  function begin() {
+    current = null;
+    return show([]);
+  }
+
+  function forget() {
+    write(read().filter(({ id }) => id !== current));
+    return begin();
+  }
+
+  function open(index) {
+    const chat = read().find(({ id }) => id === listed[index]);
+    if (!chat) return begin();
+    current = chat.id;
+    return show(chat.messages);
+  }
+
+  function save(messages, kind) {
+    const chat = (messages || []).map((message) => ({ role: message.role, content: plain(message) }));
+    const names = chinese ? { user: "我", assistant: "助手" } : { user: "You", assistant: "Assistant" };
+    const file =
+      kind === "json"
+        ? new Blob([JSON.stringify({ messages: chat }, null, 2)], { type: "application/json" })
+        : new Blob([chat.map(({ role, content }) => `## ${names[role]}\n\n${content}\n`).join("\n")], { type: "text/markdown" });
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(file);
+    link.download = `chat-${new Date().toISOString().slice(0, 19).replaceAll(":", "")}.${kind === "json" ? "json" : "md"}`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+
+  function nameControls() {
+    const names = {
+      ".submit-button": chinese ? "发送" : "Send",
+      ".stop-button": chinese ? "停止" : "Stop",
+      ".toggle-button": chinese ? "历史对话" : "Chats",
+    };
+    for (const [selector, name] of Object.entries(names))
+      for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
+    document.documentElement.lang = chinese ? "zh-CN" : "en";
+  }
+
+  document.addEventListener("DOMContentLoaded", () => {
+    nameControls();
+    new MutationObserver(nameControls).observe(document.body, { childList: true, subtree: true });
+  });
+
+  return { list, keep, begin, forget, open, save };
+})();

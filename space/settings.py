@@ -174,9 +174,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Card:
-    """The user's own words for the model card."""
+    """The user's own words for the model card, and the base model's name on the hub where it can't be known."""
 
     description: Text = setting(Text())
+    base_model: str = setting("")
 
 
 @dataclass(frozen=True)

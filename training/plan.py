@@ -222,7 +222,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
 def memory(
     shape: Shape, method: str, precision: str, rank: int, tokens: int, checkpointing: bool, dropout: bool = False
 ) -> int:
-    """Bytes that a device needs to train on `tokens` at once, to about a tenth.
+    """Bytes that a device needs to train on `tokens` at once, estimated; not yet held against a GPU.
 
     The bytes a layer keeps for a token's backward pass were counted with autograd's saved-tensor hooks on Llama layers
     with adapters on every linear layer: 4.2 × the MLP's width, 10 × the hidden width and 2 × that of keys and values,
