@@ -3,7 +3,7 @@
 const namesake = (() => {
   const KEY = "namesake-chats", AT_MOST = 50;
   const chinese = (navigator.language || "").startsWith("zh");
-  let current = null; // the chat of this tab, by its id
+  let current = sessionStorage.getItem(KEY); // the chat of this tab, by its id; a reload leaves it open
   let listed = []; // the ids in the sidebar, in its order
 
   const isChat = (chat) => chat && chat.id && Array.isArray(chat.messages) && chat.messages.length;
@@ -37,7 +37,7 @@ const namesake = (() => {
 
   function keep(messages) {
     if (messages?.length) {
-      current ??= `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+      if (!current) enter(`${Date.now()}-${Math.random().toString(36).slice(2)}`);
       write([{ id: current, messages }, ...read().filter(({ id }) => id !== current)]);
     }
     return list();
@@ -49,8 +49,13 @@ const namesake = (() => {
     return [messages, ...list(), update({ visible: cut })];
   }
 
+  function enter(id) {
+    current = id;
+    sessionStorage.setItem(KEY, id);
+  }
+
   function begin() {
-    current = null;
+    enter("");
     return show([]);
   }
 
@@ -60,10 +65,13 @@ const namesake = (() => {
   }
 
   function open(index) {
-    const chat = read().find(({ id }) => id === listed[index]);
-    if (!chat) return begin();
-    current = chat.id;
-    return show(chat.messages);
+    enter(listed[index]);
+    return restore();
+  }
+
+  function restore() {
+    const chat = read().find(({ id }) => id === current);
+    return chat ? show(chat.messages) : begin();
   }
 
   function save(messages, kind) {
@@ -88,13 +96,11 @@ const namesake = (() => {
     };
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
-    document.documentElement.lang = chinese ? "zh-CN" : "en";
+    const root = document.documentElement;
+    if (chinese && !root.lang.startsWith("zh")) root.lang = "zh-CN"; // or Chinese is drawn with another language's glyphs
   }
 
-  document.addEventListener("DOMContentLoaded", () => {
-    nameControls();
-    new MutationObserver(nameControls).observe(document.body, { childList: true, subtree: true });
-  });
+  new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
 
-  return { list, keep, begin, forget, open, save };
+  return { restore, keep, begin, forget, open, save };
 })();
