@@ -4,7 +4,6 @@ const namesake = (() => {
   const KEY = "namesake-chats", AT_MOST = 50;
   const chinese = (navigator.language || "").startsWith("zh");
   let current = sessionStorage.getItem(KEY); // the chat of this tab, by its id; a reload leaves it open
-  let listed = []; // the ids in the sidebar, in its order
 
   const isChat = (chat) => chat && chat.id && Array.isArray(chat.messages) && chat.messages.length;
   const update = (values) => ({ __type__: "update", ...values });
@@ -30,9 +29,8 @@ const namesake = (() => {
   }
 
   function list() {
-    const chats = read();
-    listed = chats.map(({ id }) => id);
-    return [update({ samples: chats.map(({ messages }) => [plain(messages[0]).replace(/\s+/g, " ").slice(0, 60)]) })];
+    const title = ({ messages }) => plain(messages[0]).replace(/\s+/g, " ").slice(0, 60);
+    return update({ choices: read().map((chat) => [title(chat), chat.id]), value: current || null });
   }
 
   function keep(messages) {
@@ -40,13 +38,13 @@ const namesake = (() => {
       if (!current) enter(`${Date.now()}-${Math.random().toString(36).slice(2)}`);
       write([{ id: current, messages }, ...read().filter(({ id }) => id !== current)]);
     }
-    return list();
+    return [list()];
   }
 
   function show(messages) {
     const last = messages.at(-1)?.content;
     const cut = Array.isArray(last) && JSON.stringify(last.at(-1)).includes("note cut");
-    return [messages, ...list(), update({ visible: cut })];
+    return [messages, list(), update({ visible: cut })];
   }
 
   function enter(id) {
@@ -64,14 +62,14 @@ const namesake = (() => {
     return begin();
   }
 
-  function open(index) {
-    enter(listed[index]);
+  function open(id) {
+    enter(id);
     return restore();
   }
 
   function restore() {
     const chat = read().find(({ id }) => id === current);
-    return chat ? show(chat.messages) : begin();
+    return chat ? show(chat.messages) : [update({}), list(), update({ visible: false })];
   }
 
   function save(messages, kind) {

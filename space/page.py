@@ -41,6 +41,7 @@ THEME = gr.themes.Soft(
 )
 
 BUSY, IDLE = dict(submit_btn=False, stop_btn=True), dict(submit_btn=True, stop_btn=False)  # the text box
+NOTHING = (gr.skip(), gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
 
 JOINER = "\u2060"  # zero width, set behind each "<" that a visitor writes: the browser shows it and makes no HTML of it
 
@@ -115,9 +116,7 @@ class Chat(gr.ChatInterface):
     def _render_header(self):
         with gr.Sidebar(open=False, elem_id="chats"):
             self._new = gr.Button(variant="primary", elem_id="new")
-            self._kept = gr.Dataset(
-                components=[gr.Textbox(visible=False)], show_label=False, layout="table", type="index"
-            )
+            self._kept = gr.Radio([], container=False, elem_id="kept")
         self._header = gr.HTML(elem_id="header")
 
     def _render_chatbot_area(self, *arguments):
@@ -170,7 +169,7 @@ class Chat(gr.ChatInterface):
         left = {
             "namesake.forget": self.chatbot.clear(self._leave, **leave),
             "namesake.begin": self._new.click(self._leave, **leave),
-            "namesake.open": self._kept.click(self._leave, **leave),
+            "namesake.open": self._kept.input(self._leave, **leave),
         }
         for event in (*asked, *answers, undone):
             event.success(**keep)
@@ -193,9 +192,10 @@ class Chat(gr.ChatInterface):
 
         for kind, button in self._exports.items():
             button.click(**script(f"(messages) => namesake.save(messages, '{kind}')", None, [self.chatbot]))
-        self.load(**script("namesake.restore", [self.chatbot, self._kept, self._continue]))
-        texts = [self.textbox, self._new, self._continue, *self._exports.values(), self._accordion]
-        self.load(self._greet, None, [self._header, self.chatbot, *texts, *self._controls.values()], **now)
+        texts = [self.textbox, self._new, self._kept, self._continue, *self._exports.values(), self._accordion]
+        self.load(self._greet, None, [self._header, self.chatbot, *texts, *self._controls.values()], **now).then(
+            **script("namesake.restore", [self.chatbot, self._kept, self._continue])
+        )
         clock = gr.Timer(1)
         clock.tick(self._tell_status, None, [self._header, clock], **now)
 
@@ -242,6 +242,8 @@ class Chat(gr.ChatInterface):
         if history and history[-1]["role"] == "user":
             async for shown in self._transcripts(request, history, "", conversation(history), controls):
                 yield shown
+        else:
+            yield NOTHING
 
     async def _resume(self, request: gr.Request, history: list[dict], *controls):
         """Goes on with the last answer of the transcript."""
@@ -249,10 +251,13 @@ class Chat(gr.ChatInterface):
             messages = conversation(history)
             async for shown in self._transcripts(request, history[:-1], messages[-1]["content"], messages, controls):
                 yield shown
+        else:
+            yield NOTHING
 
     async def _transcripts(self, request, before: list[dict], begun: str, messages: list[dict], controls):
         """What an answer makes of transcript, Continue and text box: `before`, then the answer `begun` as it grows."""
         if request.session_hash in self._stops:
+            yield NOTHING
             return
         stop = self._stops[request.session_hash] = threading.Event()
         try:
@@ -357,6 +362,7 @@ class Chat(gr.ChatInterface):
             ),
             self.textbox: gr.update(label=say["message"], placeholder=say["message"]),
             self._new: gr.update(value=say["new_chat"]),
+            self._kept: gr.update(label=say["chats"]),
             self._continue: gr.update(value=say["continue"]),
             **{button: gr.update(value=say[f"export_{kind}"]) for kind, button in self._exports.items()},
             self._accordion: gr.update(label=say["settings"]),
