@@ -72,6 +72,13 @@ const namesake = (() => {
     return chat ? show(chat.messages) : [update({}), list(), update({ visible: false })];
   }
 
+  // Gradio's client never reopens a stream of events that broke: the page begins anew once the server is back.
+  async function reconnect() {
+    const here = async () => (await (await fetch("healthz")).json()).status;
+    while (!(await here().catch(() => ""))) await new Promise((resolve) => setTimeout(resolve, 500));
+    location.reload();
+  }
+
   function save(messages, kind) {
     const chat = (messages || []).map((message) => ({ role: message.role, content: plain(message) }));
     const names = chinese ? { user: "我", assistant: "助手" } : { user: "You", assistant: "Assistant" };
@@ -100,5 +107,5 @@ const namesake = (() => {
 
   new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
 
-  return { restore, keep, begin, forget, open, save };
+  return { restore, keep, begin, forget, open, reconnect, save };
 })();

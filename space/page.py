@@ -164,22 +164,19 @@ class Chat(gr.ChatInterface):
         answers = [event.success(self._answer, **answer) for event in asked]
         answers.append(self._continue.click(self._resume, **answer))
         self.textbox.stop(self._stop, **now)
-        leave = dict(cancels=answers, **now)
-        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **leave)
+        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **now)
         left = {
-            "namesake.forget": self.chatbot.clear(self._leave, **leave),
-            "namesake.begin": self._new.click(self._leave, **leave),
-            "namesake.open": self._kept.input(self._leave, **leave),
+            "namesake.forget": self.chatbot.clear(self._leave, **now),
+            "namesake.begin": self._new.click(self._leave, **now),
+            "namesake.open": self._kept.input(self._leave, **now),
         }
         for event in (*asked, *answers, undone):
             event.success(**keep)
         for code, event in left.items():
             event.then(**script(code, [self.chatbot, self._kept, self._continue], [self._kept]))
-        for event in (undone, *left.values()):
-            event.then(**idle)
         for event in answers:  # a lost connection ends an event without its `then`
-            event.failure(**idle)
-            event.failure(**keep)
+            for code in (idle, keep, script("namesake.reconnect")):
+                event.failure(**code)
 
         self.fake_api_btn.click(
             self._chat,
@@ -216,8 +213,8 @@ class Chat(gr.ChatInterface):
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
         return [*history[:index], _user(written(event.value))]
 
-    def _undo(self, history: list[dict], request: gr.Request):
-        self._leave(request)
+    async def _undo(self, history: list[dict], request: gr.Request):
+        await self._leave(request)
         index = _last_question(history)
         question = conversation(history[index : index + 1])
         return history[: max(index, 0)], question[0]["content"] if question else "", gr.Button(visible=False)
@@ -232,10 +229,13 @@ class Chat(gr.ChatInterface):
         if stop := self._stops.get(request.session_hash):
             stop.set()
 
-    def _leave(self, request: gr.Request):
-        """Stops the answer that nobody will see."""
-        if stop := self._stops.pop(request.session_hash, None):
+    async def _leave(self, request: gr.Request):
+        """Stops the answer in the making and waits for its end, so that it is not written over what comes next."""
+        if stop := self._stops.get(request.session_hash):
             stop.set()
+            while self._stops.get(request.session_hash) is stop:
+                await anyio.sleep(0.05)
+            await anyio.sleep(0.2)  # its last words are on their way
 
     async def _answer(self, request: gr.Request, history: list[dict], *controls):
         """Answers the last question of the transcript, which it yields with the answer so far."""
@@ -264,14 +264,10 @@ class Chat(gr.ChatInterface):
             yield gr.skip(), gr.Button(visible=False), gr.update(**BUSY)
             async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
                 async for text, note, cut in lines:
-                    if self._stops.get(request.session_hash) is not stop:
-                        return  # the visitor has left this chat
                     yield [*before, _assistant(begun + text, note, cut)], gr.Button(visible=cut), gr.skip()
             yield gr.skip(), gr.skip(), gr.update(**IDLE)
         finally:
-            stop.set()
-            if self._stops.get(request.session_hash) is stop:
-                del self._stops[request.session_hash]
+            del self._stops[request.session_hash]
 
     async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
         """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""
@@ -334,13 +330,10 @@ class Chat(gr.ChatInterface):
             sampling = Sampling(*values).check(self._settings.page.limits)
             asked = [{"role": "system", "content": system_prompt or ""}, *messages]
             states = self._stream(asked, sampling, stop, resume=resume)
-            try:
-                while state := await anyio.to_thread.run_sync(next, states, None, limiter=self._threads):
-                    yield state
-            finally:
-                states.close()
+            while state := await anyio.to_thread.run_sync(next, states, None, limiter=self._threads):
+                yield state
         finally:
-            stop.set()
+            stop.set()  # `states` is not closed here: a thread may still be in it, and is the last to hold it
 
     def _greet(self, request: gr.Request) -> dict:
         """All that the page says, in the visitor's language."""
