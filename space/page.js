@@ -75,7 +75,8 @@ const namesake = (() => {
   // Gradio's client never reopens a stream of events that broke: the page begins anew once the server is back.
   async function reconnect() {
     const here = async () => (await (await fetch("healthz")).json()).status;
-    while (!(await here().catch(() => ""))) await new Promise((resolve) => setTimeout(resolve, 500));
+    do await new Promise((resolve) => setTimeout(resolve, 1000)); // a server that goes away may answer once more
+    while (!(await here().catch(() => "")));
     location.reload();
   }
 
