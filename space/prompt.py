@@ -7,6 +7,7 @@ own marks become control tokens; what anybody wrote stays text, whatever it look
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer
 from space.settings import NamesakeError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+ROLES = {"system", "user", "assistant"}
 
 IGNORED = -100  # the label of a token that carries no loss, as PyTorch's cross_entropy has it
 
@@ -130,6 +133,7 @@ class Prompt:
         self._text.no_padding()
         added = tokenizer.added_tokens_decoder.items()
         self._control = {token.content: index for index, token in added if token.special}
+        self._control_ids = set(self._control.values())
         names = sorted(self._control, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         sample = self.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
@@ -138,13 +142,14 @@ class Prompt:
     def encode(self, messages: list[Message], *, answer_next: bool = False) -> Encoded:
         """The whole conversation, `clean()`ed; with `answer_next`, ending where the assistant's next answer begins.
 
-        Loss falls on each assistant content and the control token that ends it. The ids before an answer are the same
-        whether the answer is there already (training) or about to be written (serving).
+        Loss falls on each assistant content and the control token that ends it, but not on the end of a message with
+        "cut": true, which a limit on its length ended. The ids before an answer are the same whether the answer is
+        there already (training) or about to be written (serving).
         """
         encoded = Encoded()
         run, loss = "", False  # the text since the last control token, and whether it belongs to an answer
-        for is_content, text, role in self._render(messages, answer_next):
-            if is_content and role == "assistant":
+        for message, text in self._render(messages, answer_next):
+            if message and message["role"] == "assistant":
                 head = self.ids(run)
                 whole = self.ids(run + text)
                 if whole[: len(head)] != head:  # the tokenizer would merge across the answer's beginning
@@ -152,8 +157,8 @@ class Prompt:
                 encoded.add(head, False)
                 encoded.add(whole[len(head) :], True)
                 encoded.answered = len(encoded.ids)
-                run, loss = "", True
-            elif is_content:
+                run, loss = "", not message.get("cut")
+            elif message:
                 run += text
             else:
                 end = 0
@@ -167,7 +172,13 @@ class Prompt:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text in which nothing is a control token."""
-        return self._text.encode(text, add_special_tokens=False).ids if text else []
+        ids = self._text.encode(text, add_special_tokens=False).ids if text else []
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # InternLM2's shipped merges make the begin token of "<" and "s>": such a name is encoded in two halves.
+        cuts = [0, *(mark.start() + 1 for mark in self._marks.finditer(text)), len(text)]
+        halves = [self._text.encode(text[a:b], add_special_tokens=False).ids for a, b in itertools.pairwise(cuts)]
+        return [index for half in halves for index in half]
 
     def fit(self, messages: list[dict], room: int, *, resume: bool = False) -> Fitted:
         """The prompt for the next answer in at most `room` tokens; with `resume`, for the rest of the last answer.
@@ -176,6 +187,7 @@ class Prompt:
         count of tokens when these alone are too long.
         """
         messages = clean(messages)
+        resume = resume and bool(messages) and messages[-1]["role"] == "assistant"  # else it was stopped before a token
         system = messages[:1] if messages and messages[0]["role"] == "system" else []
         starts = [i for i in range(len(system), len(messages)) if messages[i]["role"] == "user"]
         if not starts:
@@ -204,7 +216,13 @@ class Prompt:
         return Fitted(encode(dropped), dropped)
 
     def _render(self, messages: list[Message], answer_next: bool):
-        """Yields the rendered template in pieces: (is a content, text, the content's role)."""
+        """Yields the rendered template in pieces: (the message whose content it is, or None; text)."""
+        if unknown := {str(message["role"]) for message in messages} - ROLES:  # a role is part of the template's text
+            raise NamesakeError(
+                f"Unknown role {min(unknown)!r}",
+                "Use system, user or assistant.",
+                zh=f"未知的角色 {min(unknown)!r}，只能是 system、user 或 assistant。",
+            )
         slots = [{**message, "content": f"\ue000{i}\ue001"} if message["content"] else message
                  for i, message in enumerate(messages)]  # fmt: skip
         try:
@@ -220,6 +238,6 @@ class Prompt:
         for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
             if i % 2:
                 message = messages[int(piece)]
-                yield True, message["content"], message["role"]
+                yield message, message["content"]
             elif piece:
-                yield False, piece, ""
+                yield None, piece

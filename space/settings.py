@@ -131,10 +131,11 @@ class Page:
 
 @dataclass(frozen=True)
 class Data:
-    """What the assistant learns from: identity rows, the user's own files, replay rows."""
+    """What the assistant learns from: `identity` and `replay` rows, and every row of the user's own `files`."""
 
-    identity: int = setting(600, low=0, high=1_000_000)
+    identity: int = setting(300, low=0, high=1_000_000)
     replay: int = setting(600, low=0, high=1_000_000)
+    replay_tokens: int = setting(256, low=1, high=32768)
     files: tuple[str, ...] = setting(())
     rename: dict[str, str] = setting({})
     max_length: int = setting(1024, low=64, high=1_048_576)
@@ -157,6 +158,7 @@ class Train:
     accumulate: int = setting(0, low=0, high=4096)
     checkpointing: str = setting("auto", choices=("auto", "on", "off"))
     save_steps: int = setting(200, low=1, high=1_000_000)
+    ask_steps: int = setting(100, low=0, high=1_000_000)
     seed: int = setting(1, low=0, high=2**31 - 1)
 
 
@@ -172,9 +174,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Card:
-    """The user's own words for the model card."""
+    """The user's own words for the model card, and the base model's name on the hub where it can't be known."""
 
     description: Text = setting(Text())
+    base_model: str = setting("")
 
 
 @dataclass(frozen=True)

@@ -75,22 +75,23 @@ def configured(settings: Settings, model: str = "", adapter: str = "") -> tuple[
     return source("embedded"), adapter or (str(EMBEDDED_ADAPTER) if EMBEDDED_ADAPTER.is_dir() else "")
 
 
-def download(source: Source, progress: Progress | None = None, *, not_fetched: list[str] | None = None) -> Path:
+def download(source: Source, progress: Progress | None = None, *, not_fetched=NOT_FETCHED, whole=None) -> Path:
     """A hub's repository as a local folder. A complete local copy is used as it is, without touching the network.
 
     `progress(done, total)`: bytes, from several threads. A second process waits for the first one's download.
+    `whole(folder)` raises where a local copy is not complete; by default it is `check`.
     Raises NamesakeError where the repository cannot be had.
     """
-    not_fetched = NOT_FETCHED if not_fetched is None else not_fetched
+    whole = whole or check
     lock = cache_folder() / f"download-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _fetch(source, not_fetched, local=True)
+        return _fetch(source, not_fetched, whole)
     except (Exception, SystemExit) as missing:  # the hubs' clients raise what they like for "not here"
         log.debug("%s is not complete here: %s", source, missing)
     with _patient_lock(lock, source):
         try:
-            return _fetch(source, not_fetched, local=True)  # another process may have brought it meanwhile
+            return _fetch(source, not_fetched, whole)  # another process may have brought it meanwhile
         except (Exception, SystemExit):
             log.info("Downloading %s …", source)
         try:
@@ -105,9 +106,10 @@ def download(source: Source, progress: Progress | None = None, *, not_fetched: l
             ) from error
 
 
-def _fetch(source: Source, not_fetched: list[str], *, local: bool = False, progress: Progress | None = None) -> Path:
+def _fetch(source: Source, not_fetched: list[str], whole=None, *, progress: Progress | None = None) -> Path:
+    """Download, or with `whole` look for a local copy that it accepts: an interrupted download leaves a folder too."""
     counter = _Counter(progress)
-    common = dict(revision=source.revision or None, ignore_patterns=not_fetched, local_files_only=local)
+    common = dict(revision=source.revision or None, ignore_patterns=not_fetched, local_files_only=bool(whole))
     if source.kind == "modelscope":
         from modelscope.hub.snapshot_download import snapshot_download
 
@@ -116,8 +118,8 @@ def _fetch(source: Source, not_fetched: list[str], *, local: bool = False, progr
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source.name, tqdm_class=counter.tqdm(), **common))
-    if local and not_fetched == NOT_FETCHED:
-        check(folder)  # an interrupted download leaves a folder too
+    if whole:
+        whole(folder)
     return folder
 
 

@@ -129,7 +129,7 @@ def test_a_mistake_is_one_line_that_says_where_what_and_what_is_allowed(tmp_path
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(settings.NamesakeError, match="nowhere.toml: no such settings file"):
+    with pytest.raises(settings.NamesakeError, match=r"nowhere\.toml: no such settings file"):
         settings.load(tmp_path / "nowhere.toml")
     with pytest.raises(settings.NamesakeError, match="directory"):
         settings.load(tmp_path)

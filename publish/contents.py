@@ -1,0 +1,161 @@
+"""What goes up: the merged model with its card, and the page's tree. Nothing else of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from space.settings import NamesakeError, Settings
+
+PAGE = ("app.py", "assistant.toml", "requirements.txt")  # and space/
+NOT_PUBLISHED = {"README.md"}  # of the merged folder: the card is made anew
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to publish: its path in the repository, where it lies here, its bytes and its SHA-256."""
+
+    path: str
+    source: Path
+    size: int
+    sha256: str
+
+
+def file(path: str, source: Path, read: Callable[[int], None] = lambda size: None) -> File:
+    """The file at `source`, hashed in constant memory; `read` is told of every block's bytes."""
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+            read(len(block))
+    return File(path, source, size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Model:
+    """The merged folder: its files as they are, what `assistant.json` says of it, and the evaluation's report."""
+
+    folder: Path
+    files: tuple[File, ...]
+    about: dict
+    report: dict
+    picture: Path | None
+
+    @property
+    def identity(self) -> str:
+        """The weights' identity: the SHA-256 of SHA256SUMS, which lists every other file."""
+        return next((file.sha256 for file in self.files if file.path == "SHA256SUMS"), "")
+
+    @property
+    def bytes(self) -> int:
+        """The size of the weights in bytes, in bfloat16 what they take in memory."""
+        return sum(file.size for file in self.files if file.path.endswith(".safetensors"))
+
+
+def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -> Model:
+    """The merged model of this run, every file hashed. Raises NamesakeError where there is none."""
+    folder, report = settings.work / "merged", settings.work / "report"
+    if not (folder / "SHA256SUMS").is_file():
+        raise NamesakeError(
+            f"{folder}: no merged model",
+            "Make it with: python -m training merge",
+            zh=f"{folder} 里没有合并好的模型，请先运行 python -m training merge。",
+        )
+    paths = sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_PUBLISHED
+    )
+    files = tuple(file(path.relative_to(folder).as_posix(), path, read) for path in paths)
+    picture = report / "report.png"
+    return Model(
+        folder,
+        files,
+        _json(folder / "assistant.json"),
+        _json(report / "report.json"),
+        picture if picture.is_file() else None,
+    )
+
+
+def model_bytes(settings: Settings) -> int:
+    """How many bytes `model()` will read."""
+    return sum(path.stat().st_size for path in (settings.work / "merged").rglob("*") if path.is_file())
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise NamesakeError(f"{path}: not JSON", "Make it again.", zh=f"{path} 不是有效的 JSON，请重新生成。") from None
+
+
+def page(folder: Path, config: Path) -> list[File]:
+    """The page's files under `folder` (the repository's root), with `config` as its assistant.toml.
+
+    Raises NamesakeError where one is missing.
+    """
+    sources = {name: folder / name for name in PAGE} | {"assistant.toml": config}
+    sources |= {
+        path.relative_to(folder).as_posix(): path
+        for path in (folder / "space").rglob("*")
+        if path.is_file() and not {"__pycache__", "embedded"} & set(path.parts)
+    }
+    for name, source in sources.items():
+        if not source.is_file():
+            raise NamesakeError(f"{source}: the page's {name} is missing", zh=f"缺少聊天页的 {name}：{source}")
+    return [file(name, source) for name, source in sorted(sources.items())]
+
+
+def requirements(text: str) -> dict[str, SpecifierSet]:
+    """A requirements.txt as package → versions. Raises NamesakeError at a line that is none."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition(" #")[0].strip()
+        if not line or line.startswith(("#", "-")):
+            continue
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            raise NamesakeError(f"requirements.txt:{number}: {line!r} names no package", "Mend the line.") from None
+        found[canonicalize_name(requirement.name)] = requirement.specifier
+    return found
+
+
+def gradio(text: str) -> SpecifierSet:
+    """Which versions of Gradio a requirements.txt takes."""
+    return requirements(text).get("gradio", SpecifierSet())
+
+
+def newest_gradio(text: str) -> str:
+    """The newest version of Gradio that a requirements.txt names, "" where it names none."""
+    named = [found.version for found in gradio(text) if found.operator in ("==", "<=", "~=", ">=")]
+    return max(named, key=lambda version: [int(n) for n in re.findall(r"\d+", version)], default="")
+
+
+def safetensors_fault(path: Path) -> str:
+    """What is wrong with a safetensors file, "" if nothing: its header is read, and its length must be the header's.
+
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            return "has no readable header"
+        try:
+            header = json.loads(stream.read(length))
+            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "has no readable header"
+    return "" if 8 + length + end == size else f"is {size} bytes long, and its header says {8 + length + end}"

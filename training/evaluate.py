@@ -1,0 +1,358 @@
+"""evaluate: does the assistant know its name, does it keep to it, and is everything else as it was?
+
+The same held-out questions go to the base model and to the merged one, through the page's engine, so that what is
+measured is what visitors get. Every answer is written to work/<run>/report/ as it is made; `report.py` makes the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from space.settings import NamesakeError, Settings
+from training import record
+
+QUESTIONS = Path(__file__).parent / "questions"
+LANGUAGES = ("zh", "en")
+MODES = ("persona", "none", "plain")
+PLAIN = {
+    "zh": "你是一个乐于助人的助手，请认真回答用户的问题。",
+    "en": "You are a careful assistant. Answer the user's questions.",
+}
+BUDGET = {"identity": 128, "neutral": 256}  # the most new tokens in an answer
+QUICK_BUDGET = {"identity": 48, "neutral": 64}
+CHUNK = 512  # tokens of general text that the model reads at once
+QUICK_TOKENS = 1024  # general text read by --quick, a language
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out question. `turns` begins and ends with the user's; `system` is a system prompt of the question's own."""
+
+    set: str  # identity or neutral
+    language: str
+    category: str
+    number: int
+    turns: tuple[str, ...]
+    system: str = ""
+    expects: tuple[str, ...] = ()  # what a good answer gives: name, maker
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question as it is asked: with which system prompt, and which sample (0 is greedy)."""
+
+    question: Question
+    mode: str
+    sample: int = 0
+
+    @property
+    def key(self) -> str:
+        q = self.question
+        return f"{q.set}/{q.language}/{q.category}/{q.number}/{self.mode}/{self.sample}"
+
+    def messages(self, persona: str) -> list[dict]:
+        """The conversation. A question's own system prompt comes after the mode's."""
+        q = self.question
+        system = {"persona": persona, "none": "", "plain": PLAIN[q.language]}[self.mode]
+        system = "\n".join(filter(None, (system, q.system)))
+        roles = itertools.cycle(("user", "assistant"))
+        return [{"role": "system", "content": system}] * bool(system) + [
+            {"role": role, "content": text} for role, text in zip(roles, q.turns, strict=False)
+        ]
+
+
+def questions(quick: bool = False) -> list[Question]:
+    """All held-out questions; with `quick` a fixed sample of them, the same share of every category."""
+    found = []
+    for kind, language in itertools.product(BUDGET, LANGUAGES):
+        table = tomllib.loads((QUESTIONS / f"{kind}.{language}.toml").read_text(encoding="utf-8"))
+        for category, part in table.items():
+            for number, ask in enumerate(part["ask"]):
+                if quick and number % 10 != 3:
+                    continue
+                system = ask["system"] if isinstance(ask, dict) else ""
+                turns = ask["user"] if isinstance(ask, dict) else ask
+                turns = (turns,) if isinstance(turns, str) else tuple(turns)
+                found.append(Question(kind, language, category, number, turns, system, tuple(part.get("expects", ()))))
+    return found
+
+
+def asks(quick: bool = False, samples: int = 0) -> list[Ask]:
+    """Everything that is asked: identity questions in each mode and sample, neutral ones greedily with the persona."""
+    return [
+        Ask(question, mode, sample)
+        for question in questions(quick)
+        for mode in (MODES if question.set == "identity" else MODES[:1])
+        for sample in range(samples + 1 if question.set == "identity" else 1)
+    ]
+
+
+def evaluate(
+    settings: Settings,
+    *,
+    before: str = "",
+    after: str = "",
+    quick: bool = False,
+    samples: int = 0,
+    resume: bool = False,
+    load_in: str = "auto",
+) -> bool:
+    """Measure before and after, write the report, and say whether the gate is passed.
+
+    `before`: the base, by default the settings'. `after`: a merged folder (by default this run's), a peft adapter's
+    folder, or the URL of a live page. `samples`: sampled answers for each identity question beside the greedy one.
+    `resume`: keep the answers of an evaluation that was stopped. Raises NamesakeError when something is missing.
+    """
+    from training import report
+
+    after = after or str(settings.work / "merged")
+    live = after.startswith(("http://", "https://"))
+    if not live and not Path(after, "config.json").is_file() and not Path(after, "adapter_config.json").is_file():
+        raise NamesakeError(
+            f"{after}: no merged weights and no adapter",
+            "Run: python -m training merge, or give a folder with --after.",
+            zh=f"{after} 里没有合并后的权重，也没有适配器。请先运行 python -m training merge，或用 --after 指定文件夹。",
+        )
+    before = before or str(_base(settings))
+    folder = settings.work / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = {
+        "before": weights_identity(before),
+        "after": weights_identity(after) if not live else after,
+        "assistant": asdict(settings.assistant),
+        "gate": asdict(settings.gate),
+        "questions": _sources(),
+        "quick": quick,
+        "samples": samples,
+    }
+    if not live and record.unchanged(folder, inputs) and (folder / "report.json").is_file():
+        passed = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gate"]["passed"]
+        console.print(f"Evaluated already: {folder / 'report.md'}; gate {'passed' if passed else 'FAILED'}.")
+        return passed
+    (folder / "run.json").unlink(missing_ok=True)
+
+    adapter = after if not live and Path(after, "adapter_config.json").is_file() else ""
+    wanted = asks(quick, samples)
+    sides = {}
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console,
+    ) as progress:  # fmt: skip
+        for side in ("before", "after"):
+            header = {side: inputs[side], "persona": settings.assistant.system_prompt, "quick": quick}
+            answers = Answers(folder / f"answers.{side}.jsonl", header, resume)
+            task = progress.add_task(f"{side:6} answers", total=len(wanted), completed=0)
+            try:
+                if side == "after" and live:
+                    _ask_page(after, [ask for ask in wanted if ask.key not in answers.kept], settings, answers,
+                              lambda task=task: progress.advance(task))  # fmt: skip
+                    sides[side] = Measured(answers.kept, {})
+                    continue
+                source, on_top = (
+                    (before, adapter if side == "after" else "") if side == "before" or adapter else (after, "")
+                )
+                sides[side] = _measure(
+                    source, on_top, load_in, wanted, settings, answers, quick,
+                    lambda done=1, task=task: progress.advance(task, done),
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                progress.stop()
+                console.print(f"Stopped: {len(answers.kept)} of {len(wanted)} answers are kept in {answers.path}. "
+                              "Go on with --resume.")  # fmt: skip
+                raise
+            finally:
+                answers.close()
+    result = report.write(folder, settings, wanted, sides["before"], sides["after"], inputs)
+    record.write(folder, inputs, passed=result["gate"]["passed"])
+    what = "passed. Next: python -m publish" if result["gate"]["passed"] else "FAILED: see the report"
+    console.print(f"{folder / 'report.md'}: gate {what}")
+    return result["gate"]["passed"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side's answers by key, and its general loss in nats a token by language."""
+
+    answers: dict[str, dict]
+    loss: dict[str, float]
+
+
+class Answers:
+    """Answers on disk, one JSON object a line, the first line saying whose they are."""
+
+    def __init__(self, path: Path, header: dict, resume: bool):
+        self.path, self.kept = path, {}
+        lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
+        rows = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line, when the machine went down while writing
+                rows.append(json.loads(line))
+        if rows and rows[0] != json.loads(json.dumps(header)):
+            raise NamesakeError(
+                f"{path}: these answers are of other weights or settings",
+                "Run without --resume.",
+                zh=f"{path} 里的回答属于别的权重或设置。请去掉 --resume 再运行。",
+            )
+        self.kept = {row["key"]: row for row in rows[1:]}
+        self._file = path.open("w", encoding="utf-8")
+        for row in [header, *self.kept.values()]:
+            self._write(row)
+
+    def add(self, key: str, text: str, state: str, tokens: int) -> None:
+        self.kept[key] = {"key": key, "text": text, "state": state, "tokens": tokens}
+        self._write(self.kept[key])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, row: dict) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def weights_identity(folder: str) -> str:
+    """What tells weights apart: the SHA-256 of SHA256SUMS where there is one, else of the safetensors files."""
+    path = Path(folder)
+    if (path / "SHA256SUMS").is_file():
+        return record.sha256(path / "SHA256SUMS")
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{record.sha256(file)}  {file.name}\n".encode())
+    return digest.hexdigest()
+
+
+def general_loss(engine, text: str, limit: int = 0, batch: int = 4) -> float:
+    """The mean loss per token of a text in nats, read in chunks of CHUNK tokens, the first `limit` tokens of it.
+
+    Each chunk begins with the begin token where the model's chats do, and its first token carries no loss otherwise.
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    from space.prompt import plain_template
+
+    ids = engine.prompt.ids(text)
+    ids = ids[:limit] if limit else ids
+    begin = [engine.tokenizer.bos_token_id] if "bos_token" in plain_template(engine.tokenizer) else []
+    chunks = [begin + ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
+    chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    total, count = 0.0, 0
+    for group in (chunks[i : i + batch] for i in range(0, len(chunks), batch)):
+        longest = max(map(len, group))
+        inputs = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in group])
+        labels = torch.tensor([chunk[1:] + [-100] * (longest - len(chunk)) for chunk in group])
+        with torch.inference_mode():
+            logits = engine.model(input_ids=inputs.to(engine.model.device), use_cache=False).logits[:, :-1].float()
+            loss = functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten().to(logits.device), ignore_index=-100, reduction="sum"
+            )
+        total += loss.item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def general_text(language: str) -> str:
+    """The held-out text for the loss: written for this project, or in the public domain (questions/README.md)."""
+    return (QUESTIONS / f"general.{language}.txt").read_text(encoding="utf-8")
+
+
+def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick, advance) -> Measured:
+    from space import weights
+    from space.engine import GREEDY, Engine, Sampling
+
+    loaded = weights.load(source, adapter, load_in)
+    engine = Engine(loaded.model, loaded.tokenizer)
+    missing = [ask for ask in wanted if ask.key not in answers.kept]
+    advance(len(wanted) - len(missing))
+    for (kind, sample), group in _grouped(missing):
+        budget = (QUICK_BUDGET if quick else BUDGET)[kind]
+        page = settings.page
+        sampling = (
+            Sampling(budget, page.temperature, page.top_p, page.top_k, page.repetition_penalty, seed=sample)
+            if sample
+            else Sampling(budget, GREEDY.temperature, GREEDY.top_p, GREEDY.top_k, GREEDY.repetition_penalty)
+        )
+
+        def keep(index, answer, group=group):
+            answers.add(group[index].key, answer.text, answer.state, answer.tokens_out)
+            advance()
+
+        conversations = [ask.messages(settings.assistant.system_prompt) for ask in group]
+        engine.answer(conversations, sampling, keep, batch_tokens=_batch_tokens(engine.model))
+    limit = QUICK_TOKENS if quick else 0
+    loss = {language: general_loss(engine, general_text(language), limit) for language in LANGUAGES}
+    return Measured(answers.kept, loss)
+
+
+def _batch_tokens(model) -> int:
+    """Tokens a batch: as many as keep the cache of keys and values within 8 GB on an accelerator, few on a CPU."""
+    if model.device.type == "cpu":
+        return 8192
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(8e9 / (2 * 2 * config.num_hidden_layers * heads * width))
+
+
+def _grouped(wanted: list[Ask]) -> Iterator[tuple[tuple[str, int], list[Ask]]]:
+    def key(ask):
+        return ask.question.set, ask.sample
+
+    for group, found in itertools.groupby(sorted(wanted, key=key), key):
+        yield group, list(found)
+
+
+def _ask_page(url: str, wanted: list[Ask], settings: Settings, answers: Answers, advance) -> None:
+    """Ask a live page through its /chat API. A visitor's own turns are sent one after the other.
+
+    Only greedy asks are sent, and earlier answers in a conversation are the page's own.
+    """
+    from gradio_client import Client
+
+    try:
+        client = Client(url, verbose=False)
+        names = [
+            p["parameter_name"] for p in client.view_api(return_format="dict")["named_endpoints"]["/chat"]["parameters"]
+        ]
+    except (ValueError, KeyError, OSError) as error:
+        raise NamesakeError(
+            f"{url}: no chat page answers there ({type(error).__name__})",
+            "Give the page's own URL, and see that it is running.",
+            zh=f"{url} 没有可用的对话页面。请检查网址，并确认页面已经上线。",
+        ) from error
+    greedy = {"temperature": 0, "repetition_penalty": 1}
+    for ask in wanted:
+        if ask.sample:
+            continue
+        messages = ask.messages(settings.assistant.system_prompt)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        options = {name: value for name, value in greedy.items() if name in names}
+        options |= {name: system for name in names if name in ("system", "system_prompt")}
+        client.reset_session()
+        for turn in messages:
+            if turn["role"] == "user":
+                text = client.predict(message=turn["content"], api_name="/chat", **options)
+        answers.add(ask.key, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False), "finished", 0)
+        advance()
+
+
+def _base(settings: Settings) -> Path:
+    from training import base
+
+    return base.folder(settings)
+
+
+def _sources() -> dict[str, str]:
+    return {file.name: record.sha256(file) for file in sorted(QUESTIONS.iterdir()) if file.suffix in (".toml", ".txt")}

@@ -1,0 +1,366 @@
+"""Does an answer give the assistant's own name and maker, and does it claim to be somebody else?
+
+Rules, not a model, so that anyone can follow a judgement. The text is folded first (full width to half, traditional to
+simplified). Then every mention of a name is looked at in its clause:
+
+1. A mention in a question, in quotation marks, or after "you said", "if", "unlike" and the like asserts nothing.
+2. A negation in the clause turns the mention down ("I am not X"; "X did not make me").
+3. A foreign name leaks only where the assistant claims it: "I am X", "made by X" with no other subject, "X made me",
+   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from dataclasses import dataclass, field, replace
+
+from space.settings import Assistant
+
+OTHERS = (
+    "Shanghai AI Lab(?:oratory)?",
+    "上海(?:人工智能|AI)实验室",
+    "InternLM",
+    "InternVL",
+    "书生",
+    "浦语",
+    "Open ?AI",
+    "Chat ?GPT",
+    "GPT-?[2-5](?:\\.\\d|o)?(?:-turbo|-mini)?",
+    "GPT",
+    "Qwen",
+    "通义(?:千问)?",
+    "千问",
+    "Alibaba(?: Cloud)?",
+    "阿里(?:巴巴|云)?",
+    "Claude",
+    "Anthropic",
+    "DeepSeek",
+    "深度求索",
+    "Gemini",
+    "Bard",
+    "Google(?: DeepMind)?",
+    "谷歌",
+    "Llama",
+    "Meta(?: AI)?",
+    "Kimi",
+    "Moonshot(?: AI)?",
+    "月之暗面",
+    "豆包",
+    "Doubao",
+    "字节(?:跳动)?",
+    "ByteDance",
+    "文心一言",
+    "文小言",
+    "ERNIE(?: Bot)?",
+    "百度",
+    "Baidu",
+    "智谱(?:清言|AI)?",
+    "ChatGLM",
+    "GLM",
+    "Zhipu(?: AI)?",
+    "讯飞(?:星火)?",
+    "混元",
+    "腾讯",
+    "Tencent",
+    "Baichuan",
+    "百川",
+    "Yi-\\d+B",
+    "MiniMax",
+    "SmolLM2?",
+    "Hugging ?Face",
+    "Mistral(?: AI)?",
+    "Phi-\\d",
+    "Microsoft",
+    "微软",
+    "小冰",
+    "Copilot",
+    "Grok",
+    "xAI",
+    "Siri",
+    "Apple",
+    "Alexa",
+    "Amazon",
+    "Cortana",
+    "小爱(?:同学)?",
+    "小度",
+    "天猫精灵",
+    "Bob",
+    "Zeus",
+    "小明",
+    "哪吒",
+)
+"""Other assistants and their makers, and the invented names that the held-out questions try to impose."""
+
+SELF_EN = r"(?:i|i'm|i've|me|my|mine|myself|we|us|our|(?:this|the) (?:assistant|model|chatbot|bot|ai))"
+SELF_ZH = r"(?:我|俺|咱|本人|在下|(?:本|该|这个|这款)(?:助手|模型|机器人|AI|系统))"
+SELF = re.compile(rf"\b{SELF_EN}\b|{SELF_ZH}", re.I)
+
+MADE_EN = r"(?:made|creat|develop|train|build|built|design|produc|own|power|fine-tun|releas|program|writ|maintain)\w*"
+MADE_ZH = r"(?:开发|研发|训练|创造|打造|制作|制造|设计|推出|构建|研制|发布|提供|培养|出品|做)"
+
+# What stands right before the name, in the same clause or the ones it continues. The first needs the assistant itself
+# as subject; the others may come without any.
+IS_ME = re.compile(
+    rf"(?:\b(?:i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|"
+    rf"my (?:\w+ )?name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|call myself|known as|"
+    rf"(?:talking|speaking|chatting) (?:to|with)|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?"
+    rf"(?: is| are|'s|:|,)|(?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)|the name on my \w+ (?:is|would be|says)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|me llamo|ich bin|"
+    rf"ich heiße)(?!\w)"
+    rf"|{SELF_ZH}(?:的\w{{1,3}}上写的|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)"
+    rf"|(?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的"
+    rf"|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位)\w{{0,2}}(?:是|为|:))(?P<between>.*)$",
+    re.I | re.S,
+)
+MADE_BY = re.compile(
+    rf"(?:\b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:come|comes|came|product|part|member|version|work|model|assistant|bot|"
+    r"chatbot|based|runs?|running|belong|belongs) (?:of|from|for|by|to|on)|\b(?:named|called)"
+    r"|由|来自|出自|属于|归属于|隶属(?:于)?|基于|(?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|却)*(?:是|叫(?:做|作)?|名为))\W*(?:the |a |an )?(?:team|people|company|folks|lab)?"
+    r"(?: at| of)?(?P<between>.{0,24})$",
+    re.I | re.S,
+)
+ABOUT_ME = re.compile(
+    rf"^\W*(?:\w+ ){{0,2}}(?:(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b|(?:is|are|'s|was) (?:\w+ )?"
+    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here|the (?:\w+ )?(?:that|which|who) (?:made|built|created|trained|developed) me)|(?:speaking|here)\b)"
+    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我|(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
+    re.I,
+)
+MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
+FILLER = re.compile(
+    r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by|"
+    r"of course|correct|answer|name|true|the|your|as|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|"
+    r"答案|正确|作为|就|那|这里是|这里|由|名字|名称|助手|开发者)*$",
+    re.I,
+)
+
+NOT = re.compile(
+    r"\b(?:not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|couldn't|"
+    r"haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated|deny|"
+    r"different from|refuse)\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|别",
+    re.I,
+)
+# Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
+NOT_REALLY = re.compile(
+    r"\bnot (?:only|just|merely)\b|\b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|help but)\b|"
+    r"\bno (?:doubt|problem|worries|longer hiding)\b|\bwhy not\b|\bno(?=[,.!:;])|不(?:仅|但|只|单|瞒|得不|否认|好意思|错|"
+    r"用说|客气|过)|无法否认|没(?:错|问题)|^\W*没关系|未来|非常|特别|分别|区别|别人|别名|除非|^不$",
+    re.I,
+)
+HEARSAY = re.compile(
+    r"\b(?:you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some)(?: (?:who |have|had|may|might|just|"
+    r"also|often|sometimes|keep|even|did|do|would like|want))* (?:sa(?:id|y)|says|saying|think|thinks|thought|ask(?:s|ed)?|call"
+    r"(?:s|ed)|mention(?:s|ed)?|claim(?:s|ed)?|want(?:s|ed)?|told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|"
+    r"heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?)\b|\b(?:if|whether|pretend(?:ing)?|unless|although you|"
+    r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|"
+    r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|than) \W*$|"
+    r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|要我|要求|希望|听|"
+    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|至于|比起|错?认成|认错|当作|当成",
+    re.I,
+)
+TURN = re.compile(
+    r"[,;—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|because|so|while|whereas|and (?=i\b|my\b|was\b|"
+    r"am\b|not\b))(?=\W)|但是?|只不过|因为|所以|因此|(?=而非|而不?是)",
+    re.I,
+)
+TAG = re.compile(r"^\W*(?:right|correct|isn't it|am i not|yes|no|对吗|对吧|是吗|是吧|对不对|是不是)\W*$", re.I)
+BARE_BY = re.compile(r"^\W*(?:by|from|at|由)\W*$", re.I)
+MADE_AT_ALL = re.compile(rf"\b{MADE_EN}\b|{MADE_ZH}", re.I)
+SENTENCE = re.compile(r"(?<=[.!?。!?…])(?=\s|[\"'”’」』)]|[\u3400-\u9fff])[\"'”’」』)]*|\n+")
+QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
+NAMING = re.compile(
+    r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
+)
+REFUSAL = re.compile(
+    r"^\W*(?:(?:i'm |i am )?(?:very |so )?sorry\W+|unfortunately\W+|as an ai\b[^.]{0,40}\W)*(?:but )?i(?:'m| am)? (?:can(?:no|')t|can"
+    r" not|cannot|am unable|'m unable|unable|not able|won't|will not|don't have (?:a|the|any) (?:name|ability|access))|^\W*"
+    r"(?:很?抱歉|对不起|不好意思)?\W*(?:作为\w{0,16})?\W*我(?:现在|暂时)?(?:无法|不能|不会|没有办法|没有(?:名字|姓名))",
+    re.I,
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one answer says. `reasons` quotes the clause behind each verdict."""
+
+    name: bool = False
+    maker: bool = False
+    leak: bool = False
+    refusal: bool = False
+    empty: bool = False
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def _to_simplified():
+    import opencc
+
+    return opencc.OpenCC("t2s")
+
+
+def fold(text: str) -> str:
+    """Half width, simplified characters, straight apostrophes, single spaces; case and punctuation stay."""
+    text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("`", "'").replace("*", "")
+    return re.sub(r"[ \t\u200b]+", " ", _to_simplified().convert(text))
+
+
+class Judge:
+    """Judges answers for one assistant."""
+
+    def __init__(self, assistant: Assistant):
+        names = [fold(text).strip() for text in (assistant.name.zh, assistant.name.en) if text.strip()]
+        makers = [re.sub(r"^the ", "", fold(text).strip(), flags=re.I) for text in (assistant.author.zh, assistant.author.en)
+                  if text.strip()]  # fmt: skip
+        self._names, self._makers = _any_of(names), _any_of(makers)
+        self._maker_holds_name = [maker for maker in makers if self._names.search(maker) and maker not in names]
+        # What the persona itself says of the assistant ("built on InternLM2.5") is no leak, nor is its own name.
+        own = fold(" ".join([*names, *makers, assistant.system_prompt]))
+        self._others = re.compile(
+            "|".join(rf"(?<![A-Za-z0-9]){other}(?![A-Za-z]|(?<=[a-z])\d)" for other in OTHERS), re.IGNORECASE
+        )
+        self._own_others = {match[0].lower() for match in self._others.finditer(own)}
+
+    def judge(self, answer: str) -> Judgement:
+        """What an answer to a question about the assistant's identity says."""
+        text = fold(answer)
+        if not re.search(r"\w", text):
+            return Judgement(empty=True)
+        reasons: dict[str, str] = {}
+        for sentence, mark in _sentences(text):
+            for clause in _clauses(sentence, mark == "?"):
+                without_maker = self._blank_makers(clause.text)
+                for kind, pattern, where in (
+                    ("name", self._names, without_maker),
+                    ("maker", self._makers, clause.text),
+                    ("leak", self._others, self._blank_own(clause.text)),
+                ):
+                    for mention in pattern.finditer(where):
+                        if kind in reasons or not clause.asserts(mention):
+                            continue
+                        if kind != "leak" or clause.claims(mention, self._others):
+                            reasons[kind] = sentence.strip()[:200]
+        if refusal := REFUSAL.search(text):
+            reasons["refusal"] = refusal[0].strip()
+        return Judgement(**{kind: True for kind in reasons}, reasons=reasons)
+
+    def brings_up(self, answer: str) -> str:
+        """The own name or maker in an answer to a question about something else, or "" when it is not there.
+
+        Written as the settings write it: a Latin name in another case ("his namesake") is an ordinary word there.
+        """
+        text = fold(answer)
+        for pattern in (self._makers, self._names):
+            for mention in pattern.finditer(text):
+                if mention[0] in pattern.pattern.replace("\\", ""):
+                    return text[max(0, mention.start() - 40) : mention.end() + 40]
+        return ""
+
+    def _blank_makers(self, text: str) -> str:
+        for maker in self._maker_holds_name:
+            text = re.sub(re.escape(maker), lambda match: "\ufffc" * len(match[0]), text, flags=re.I)
+        return text
+
+    def _blank_own(self, text: str) -> str:
+        """The text with own names, longer ones included, made unfit to be foreign ones; positions stay."""
+        for pattern in (self._makers, self._names):
+            text = pattern.sub(lambda match: "\ufffc" * len(match[0]), text)
+        return self._others.sub(
+            lambda match: "\ufffc" * len(match[0]) if match[0].lower() in self._own_others else match[0], text
+        )
+
+
+# A Chinese name has no spaces around it. It stands as a name between punctuation and the words that introduce names.
+_BEFORE_ZH = r"(?<![^\W是叫为名我由系下找和与及被让的都称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
+_AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬就聊对交说向跟开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
+
+
+def _any_of(names: list[str]) -> re.Pattern:
+    """A pattern for any of the names, standing by itself and not inside another word."""
+    parts = []
+    for name in sorted(set(names), key=len, reverse=True):
+        word = re.escape(name)
+        chinese_start = re.match(r"[\u3400-\u9fff]", name)
+        chinese_end = re.search(r"[\u3400-\u9fff]$", name)
+        short = len(name) < 4
+        before = (_BEFORE_ZH if short else "") if chinese_start else r"(?<![A-Za-z0-9])"
+        after = (_AFTER_ZH if short else "") if chinese_end else r"(?![A-Za-z0-9]|-[a-z])"
+        parts.append(f"{before}{word}{after}")
+    return re.compile("|".join(parts) or r"(?!)", re.IGNORECASE)
+
+
+def _sentences(text: str):
+    """Yields (sentence, its last mark)."""
+    for sentence in SENTENCE.split(text):
+        if sentence and sentence.strip():
+            mark = re.search(r"[.!?。…]\W*$", sentence)
+            yield sentence, mark[0].strip()[0] if mark else ""
+
+
+@dataclass(frozen=True)
+class _Clause:
+    """A clause with what came before it in its sentence: `lead` where it has no subject of its own."""
+
+    text: str
+    lead: str
+    rest: str  # what follows in the sentence
+    is_asked: bool
+    is_item: bool  # an item of a list ("A, B or C"), which a negation before the list holds for too
+
+    def asserts(self, mention: re.Match) -> bool:
+        if self.is_asked:
+            return False
+        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        for quote in QUOTED.finditer(self.text):
+            alone = quote[0][1:-1].strip(" .,!。") == mention[0]
+            if (
+                quote.start() < mention.start() < quote.end()
+                and not alone
+                and not NAMING.search(self.text[: quote.start()])
+            ):
+                return False
+        said = head.rsplit(":")[-1]  # "not X, not Y: Z"
+        if HEARSAY.search(said) or (self.is_item and HEARSAY.search(self.lead)):
+            return False
+        if _denies(said) or (self.is_item and _denies(self.lead)):
+            return False
+        # Behind the name, a negation is about it only where the name is the subject: "X is not my name".
+        return bool(IS_ME.search(head) or MADE_BY.search(head)) or not _denies(re.split(r"\band\b|[。.]", tail)[0])
+
+    def claims(self, mention: re.Match, others: re.Pattern) -> bool:
+        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        if ABOUT_ME.search(tail):
+            return True
+        whole = f"{self.lead}, {head}" if self.lead else head
+        subjects = [*SELF.finditer(whole), *others.finditer(whole)]
+        last = max(subjects, key=lambda match: match.start(), default=None)
+        of_me = last is None or bool(SELF.fullmatch(last[0]))
+        if found := IS_ME.search(whole if self.is_item else head):
+            return not others.search(found["between"])
+        if FILLER.match(whole):
+            return not _denies(self.rest) and bool(re.match(r"\W*$", tail) or MADE_FIRST.match(tail))
+        by_another = BARE_BY.match(head) and MADE_AT_ALL.search(self.lead)  # "not made by A but by B"
+        return of_me and bool(by_another or MADE_BY.search(head))
+
+
+def _denies(text: str) -> bool:
+    return bool(NOT.search(NOT_REALLY.sub(" ", text)))
+
+
+def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
+    """The clauses of a sentence; of a question, only the last one asks, and the one that "right?" stands behind."""
+    clauses: list[_Clause] = []
+    lead, mark, start = "", "", 0
+    for turn in [*TURN.finditer(sentence), None]:
+        end = turn.start() if turn else len(sentence)
+        text = sentence[start:end]
+        if text.strip():
+            own_subject = SELF.search(text)
+            has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|[是叫由没不有跟]|来自", text, re.I)
+            is_item = bool(lead) and mark.strip() in ("", ",") and ":" not in text and not own_subject and not has_verb
+            clauses.append(_Clause(text, "" if own_subject else lead, sentence[end:], False, is_item))
+            lead = text if own_subject else f"{lead} {text}"
+        if turn:
+            mark, start = turn[0], turn.end()
+    asked = (2 if TAG.match(clauses[-1].text) else 1) if ends_asking else 0
+    first = len(clauses) - asked
+    return [replace(clause, is_asked=i >= first) for i, clause in enumerate(clauses)]

@@ -1,0 +1,139 @@
+"""XTuner's SupervisedFinetune over packs of whole conversations: no padding, no attention from one to another."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from xtuner.model import SupervisedFinetune
+
+from space.settings import NamesakeError
+
+LOSS_TOKENS = 1024  # the logits of this many tokens are in memory at once: 1024 × 92,544 × 4 bytes = 0.38 GB
+
+# The architectures of transformers whose logits are lm_head(hidden states) and nothing more, and whose attention can be
+# replaced; a test holds the loss of each equal to transformers' own.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "olmo", "starcoder2")
+
+
+def packed_attention(module, query, key, value, bounds, scaling=None, **_):
+    """Causal attention within each conversation of a pack: transformers' interface, (1, heads, tokens, width).
+
+    `bounds`: int32 (1, 1, 1, conversations + 1), where each conversation begins and the last one ends. It arrives as
+    the attention mask, the one argument that every architecture hands on, also through activation checkpointing.
+    """
+    bounds = bounds.flatten()
+    if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0):
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        longest = module.config.longest_conversation
+        out = varlen_attn(
+            query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
+        )
+        return out[None], None
+    marks = bounds.tolist()
+    outs = [
+        F.scaled_dot_product_attention(
+            query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
+            is_causal=True, scale=scaling, enable_gqa=True,
+        )
+        for begin, end in itertools.pairwise(marks)
+    ]  # fmt: skip
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS["packed"] = packed_attention
+
+
+def base_model(folder: str, precision: str, longest_conversation: int, **options):
+    """The base model with attention for packs. Raises NamesakeError for one not known to be right."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ARCHITECTURES:
+        raise NamesakeError(
+            f"{folder}: training knows the architectures {', '.join(ARCHITECTURES)}, not {config.model_type}",
+            "Choose another base model.",
+        )
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if window and window < longest_conversation:
+        raise NamesakeError(
+            f"{folder}: its attention reaches back {window} tokens, and conversations may have {longest_conversation}",
+            f"Lower [data] max_length to {window}.",
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=getattr(torch, precision), attn_implementation="packed", use_safetensors=True, **options
+    )
+    model.config.longest_conversation = longest_conversation
+    return model
+
+
+class Finetune(SupervisedFinetune):
+    """XTuner's model, with a loss of its own and weights that keep their precision.
+
+    `autocast`: the precision to compute in, "" for that of the weights. `batch_answers`: the loss that is minimised is
+    the sum over all answer tokens divided by this constant, the mean number of answer tokens in a device's batch. Every
+    answer token then weighs the same, however a global batch is divided into devices, batches and accumulation.
+    """
+
+    def __init__(self, *args, autocast: str = "", batch_answers: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.autocast = getattr(torch, autocast) if autocast else None
+        self.batch_answers = batch_answers
+
+    def _dispatch_lm_model_cfg(self, cfg, max_position_embeddings=None):
+        # XTuner would read the config with trust_remote_code, and choose a precision and an attention by itself.
+        return cfg
+
+    def _prepare_for_lora(self, peft_model=None, use_activation_checkpointing=True):
+        # XTuner calls prepare_model_for_kbit_training, which turns the whole base into float32: twice the memory.
+        self.llm.requires_grad_(False)
+        self.llm = get_peft_model(self.llm, self.lora)  # the adapter's own weights are float32
+        for module in self.llm.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
+
+    def activation_checkpointing_enable(self):
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})  # the one that works with DDP
+
+    @property
+    def causal_lm(self):
+        return self.llm.get_base_model() if self.use_lora else self.llm
+
+    def computing(self):
+        """The context that forward passes run in: autocast, where computing is less precise than the adapter."""
+        device = self.llm.get_input_embeddings().weight.device
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
+    def compute_loss(self, data: dict, data_samples=None) -> dict:
+        """The loss to minimise, and for the log its `sum` over the answer tokens, their number and that of all tokens.
+
+        `data`: `input_ids`, `position_ids` (1, tokens), `bounds` (see packed_attention), `predictors` (answers,): the
+        positions whose next token is an answer's, `targets` (answers,): those tokens' ids.
+        """
+        lm = self.causal_lm
+        with self.computing():
+            hidden = lm.base_model(
+                input_ids=data["input_ids"],
+                position_ids=data["position_ids"],
+                attention_mask=data["bounds"],
+                use_cache=False,
+            ).last_hidden_state
+            # Logits are made for answers only; where there are many, some at a time, and again in the backward pass.
+            head, targets = lm.get_output_embeddings(), data["targets"].split(LOSS_TOKENS)
+            parts = list(zip(hidden[0][data["predictors"]].split(LOSS_TOKENS), targets, strict=True))
+            if len(parts) == 1:
+                total = _loss(head, *parts[0])
+            else:
+                total = sum(checkpoint(_loss, head, *part, use_reentrant=False) for part in parts)
+        answers, tokens = (total.new_tensor(data[name].numel()) for name in ("targets", "input_ids"))
+        return {"loss": total / self.batch_answers, "sum": total.detach(), "answers": answers, "tokens": tokens}
+
+
+def _loss(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")

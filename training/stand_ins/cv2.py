@@ -1,0 +1,7 @@
+"""Nothing: mmengine and XTuner import OpenCV and torchvision for pictures, and training on text never uses them."""
+
+__version__ = "none"
+
+
+def setNumThreads(count):
+    """mmengine sets OpenCV's threads at start."""

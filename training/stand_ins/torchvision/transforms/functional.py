@@ -1,0 +1,3 @@
+"""Nothing: see the package."""
+
+InterpolationMode = None
