@@ -32,12 +32,6 @@ THEME = gr.themes.Soft(
     # No web fonts: the page shows at once where their hosts cannot be reached.
     font=["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"],
     font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
-).set(
-    block_title_background_fill="none",
-    block_title_background_fill_dark="none",
-    block_title_text_color="*body_text_color",
-    block_title_text_color_dark="*body_text_color",
-    block_title_padding="0",
 )
 
 BUSY, IDLE = dict(submit_btn=False, stop_btn=True), dict(submit_btn=True, stop_btn=False)  # the text box
