@@ -3,8 +3,7 @@
 const namesake = (() => {
   const KEY = "namesake-chats", AT_MOST = 50;
   const chinese = (navigator.language || "").startsWith("zh");
-  let current = null; // the chat of this tab, by its id
-  let listed = []; // the ids in the sidebar, in its order
+  let current = sessionStorage.getItem(KEY); // the chat of this tab, by its id; a reload leaves it open
 
   const isChat = (chat) => chat && chat.id && Array.isArray(chat.messages) && chat.messages.length;
   const update = (values) => ({ __type__: "update", ...values });
@@ -30,27 +29,31 @@ const namesake = (() => {
   }
 
   function list() {
-    const chats = read();
-    listed = chats.map(({ id }) => id);
-    return [update({ samples: chats.map(({ messages }) => [plain(messages[0]).replace(/\s+/g, " ").slice(0, 60)]) })];
+    const title = ({ messages }) => plain(messages[0]).replace(/\s+/g, " ").slice(0, 60);
+    return update({ choices: read().map((chat) => [title(chat), chat.id]), value: current || null });
   }
 
   function keep(messages) {
     if (messages?.length) {
-      current ??= `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+      if (!current) enter(`${Date.now()}-${Math.random().toString(36).slice(2)}`);
       write([{ id: current, messages }, ...read().filter(({ id }) => id !== current)]);
     }
-    return list();
+    return [list()];
   }
 
   function show(messages) {
     const last = messages.at(-1)?.content;
     const cut = Array.isArray(last) && JSON.stringify(last.at(-1)).includes("note cut");
-    return [messages, ...list(), update({ visible: cut })];
+    return [messages, list(), update({ visible: cut })];
+  }
+
+  function enter(id) {
+    current = id;
+    sessionStorage.setItem(KEY, id);
   }
 
   function begin() {
-    current = null;
+    enter("");
     return show([]);
   }
 
@@ -59,11 +62,22 @@ const namesake = (() => {
     return begin();
   }
 
-  function open(index) {
-    const chat = read().find(({ id }) => id === listed[index]);
-    if (!chat) return begin();
-    current = chat.id;
-    return show(chat.messages);
+  function open(id) {
+    enter(id);
+    return restore();
+  }
+
+  function restore() {
+    const chat = read().find(({ id }) => id === current);
+    return chat ? show(chat.messages) : [update({}), list(), update({ visible: false })];
+  }
+
+  // Gradio's client never reopens a stream of events that broke: the page begins anew once the server is back.
+  async function reconnect() {
+    const here = async () => (await (await fetch("healthz")).json()).status;
+    do await new Promise((resolve) => setTimeout(resolve, 1000)); // a server that goes away may answer once more
+    while (!(await here().catch(() => "")));
+    location.reload();
   }
 
   function save(messages, kind) {
@@ -88,13 +102,11 @@ const namesake = (() => {
     };
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
-    document.documentElement.lang = chinese ? "zh-CN" : "en";
+    const root = document.documentElement;
+    if (chinese && !root.lang.startsWith("zh")) root.lang = "zh-CN"; // or Chinese is drawn with another language's glyphs
   }
 
-  document.addEventListener("DOMContentLoaded", () => {
-    nameControls();
-    new MutationObserver(nameControls).observe(document.body, { childList: true, subtree: true });
-  });
+  new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
 
-  return { list, keep, begin, forget, open, save };
+  return { restore, keep, begin, forget, open, reconnect, save };
 })();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import html
+import json
 import logging
 import os
 import socket
@@ -31,17 +32,10 @@ THEME = gr.themes.Soft(
     # No web fonts: the page shows at once where their hosts cannot be reached.
     font=["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"],
     font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
-).set(
-    block_title_background_fill="none",
-    block_title_background_fill_dark="none",
-    block_title_text_color="*body_text_color",
-    block_title_text_color_dark="*body_text_color",
-    block_title_padding="0",
 )
 
-# The text box while an answer is made, and after it. In the browser alone, so that they work with the connection lost.
-BUSY = "() => [{__type__: 'update', submit_btn: false, stop_btn: true}]"
-IDLE = "() => [{__type__: 'update', submit_btn: true, stop_btn: false}]"
+BUSY, IDLE = dict(submit_btn=False, stop_btn=True), dict(submit_btn=True, stop_btn=False)  # the text box
+NOTHING = (gr.skip(), gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
 
 JOINER = "\u2060"  # zero width, set behind each "<" that a visitor writes: the browser shows it and makes no HTML of it
 
@@ -116,9 +110,7 @@ class Chat(gr.ChatInterface):
     def _render_header(self):
         with gr.Sidebar(open=False, elem_id="chats"):
             self._new = gr.Button(variant="primary", elem_id="new")
-            self._kept = gr.Dataset(
-                components=[gr.Textbox(visible=False)], show_label=False, layout="table", type="index"
-            )
+            self._kept = gr.Radio([], container=False, elem_id="kept")
         self._header = gr.HTML(elem_id="header")
 
     def _render_chatbot_area(self, *arguments):
@@ -139,7 +131,8 @@ class Chat(gr.ChatInterface):
         now = dict(queue=False, show_progress="hidden", api_visibility="private")
         answer = dict(
             inputs=[self.chatbot, *self._controls.values()],
-            outputs=[self.chatbot, self._continue],
+            outputs=[self.chatbot, self._continue, self.textbox],
+            preprocess=False,  # the engine checks the controls, in the visitor's language
             concurrency_limit=None,  # the engine keeps the line, in which each visitor sees a place
             show_progress="hidden",
             api_visibility="private",
@@ -149,36 +142,35 @@ class Chat(gr.ChatInterface):
             """An event in the browser alone. Gradio 6.2 runs nothing after one: it has no followers."""
             return dict(fn=None, js=code, inputs=inputs, outputs=outputs, **now)
 
-        busy, idle = script(BUSY, [self.textbox]), script(IDLE, [self.textbox])
+        # In the browser alone, so that it works with the connection lost.
+        idle = script(f"() => [{json.dumps({'__type__': 'update', **IDLE})}]", [self.textbox])
         keep = script("namesake.keep", [self._kept], [self.chatbot])
 
+        ask = dict(inputs=[self.chatbot], outputs=[self.chatbot], show_progress="hidden", api_visibility="private")
         asked = [
-            self.textbox.submit(self._send, [self.textbox, self.chatbot], [self.textbox, self.chatbot], **now),
-            self.chatbot.example_select(self._send_example, None, [self.chatbot], **now),
-            self.chatbot.retry(self._again, [self.chatbot], [self.chatbot], **now),
-            self.chatbot.edit(self._edited, [self.chatbot], [self.chatbot], **now),
+            self.textbox.submit(
+                self._send, **{**ask, "inputs": [self.chatbot, self.textbox], "outputs": [self.chatbot, self.textbox]}
+            ),
+            self.chatbot.example_select(self._send_example, **ask),
+            self.chatbot.retry(self._again, **ask),
+            self.chatbot.edit(self._edited, **ask),
         ]
-        resumed = self._continue.click(self._unless_busy, **now)
-        answers = [*(event.success(self._answer, **answer) for event in asked), resumed.success(self._resume, **answer)]
+        answers = [event.success(self._answer, **answer) for event in asked]
+        answers.append(self._continue.click(self._resume, **answer))
         self.textbox.stop(self._stop, **now)
-        leave = dict(cancels=answers, **now)
-        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **leave)
+        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **now)
         left = {
-            "namesake.forget": self.chatbot.clear(self._leave, **leave),
-            "namesake.begin": self._new.click(self._leave, **leave),
-            "namesake.open": self._kept.click(self._leave, **leave),
+            "namesake.forget": self.chatbot.clear(self._leave, **now),
+            "namesake.begin": self._new.click(self._leave, **now),
+            "namesake.open": self._kept.input(self._leave, **now),
         }
-        for event in (*asked, resumed):
-            event.success(**busy)
         for event in (*asked, *answers, undone):
             event.success(**keep)
         for code, event in left.items():
             event.then(**script(code, [self.chatbot, self._kept, self._continue], [self._kept]))
-        for event in (*answers, undone, *left.values()):
-            event.then(**idle)
         for event in answers:  # a lost connection ends an event without its `then`
-            event.failure(**idle)
-            event.failure(**keep)
+            for code in (idle, keep, script("namesake.reconnect")):
+                event.failure(**code)
 
         self.fake_api_btn.click(
             self._chat,
@@ -191,74 +183,89 @@ class Chat(gr.ChatInterface):
 
         for kind, button in self._exports.items():
             button.click(**script(f"(messages) => namesake.save(messages, '{kind}')", None, [self.chatbot]))
-        self.load(**script("namesake.list", [self._kept]))
-        texts = [self.textbox, self._new, self._continue, *self._exports.values(), self._accordion]
-        self.load(self._greet, None, [self._header, self.chatbot, *texts, *self._controls.values()], **now)
+        texts = [self.textbox, self._new, self._kept, self._continue, *self._exports.values(), self._accordion]
+        self.load(self._greet, None, [self._header, self.chatbot, *texts, *self._controls.values()], **now).then(
+            **script("namesake.restore", [self.chatbot, self._kept, self._continue])
+        )
         clock = gr.Timer(1)
         clock.tick(self._tell_status, None, [self._header, clock], **now)
 
-    def _send(self, message: str, history: list[dict], request: gr.Request):
-        self._unless_busy(request)
-        return ("", [*history, _user(message)]) if message.strip() else (gr.skip(), gr.skip())
+    def _send(self, history: list[dict], message: str, request: gr.Request):
+        if not message.strip() or self._busy(request):
+            return gr.skip(), gr.skip()
+        return [*history, _user(message)], ""
 
-    def _send_example(self, event: gr.SelectData, request: gr.Request):
-        self._unless_busy(request)
-        return [_user(event.value["text"])]
+    def _send_example(self, history: list[dict], event: gr.SelectData, request: gr.Request):
+        return gr.skip() if self._busy(request) else [*history, _user(event.value["text"])]
 
     def _again(self, history: list[dict], request: gr.Request):
-        self._unless_busy(request)
-        return history[: _last_question(history) + 1]
+        return gr.skip() if self._busy(request) else history[: _last_question(history) + 1]
 
     def _edited(self, history: list[dict], event: gr.EditData, request: gr.Request):
-        self._unless_busy(request)
+        if self._busy(request):
+            return gr.skip()
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
         return [*history[:index], _user(written(event.value))]
 
-    def _undo(self, history: list[dict], request: gr.Request):
-        self._leave(request)
+    async def _undo(self, history: list[dict], request: gr.Request):
+        await self._leave(request)
         index = _last_question(history)
         question = conversation(history[index : index + 1])
         return history[: max(index, 0)], question[0]["content"] if question else "", gr.Button(visible=False)
 
-    def _unless_busy(self, request: gr.Request):
-        """Refuses what would begin a second answer in one browser tab."""
+    def _busy(self, request: gr.Request) -> bool:
+        """Whether this browser tab has an answer in the making already; then says so."""
         if request.session_hash in self._stops:
-            raise gr.Error(STILL.pick(language(request)), print_exception=False, title="", duration=5)
+            gr.Warning(STILL.pick(language(request)), title="", duration=5)
+        return request.session_hash in self._stops
 
     def _stop(self, request: gr.Request):
         if stop := self._stops.get(request.session_hash):
             stop.set()
 
-    def _leave(self, request: gr.Request):
-        """Stops the answer that nobody will see."""
-        if stop := self._stops.pop(request.session_hash, None):
+    async def _leave(self, request: gr.Request):
+        """Stops the answer in the making and waits for its end, so that it is not written over what comes next."""
+        if stop := self._stops.get(request.session_hash):
             stop.set()
+            while self._stops.get(request.session_hash) is stop:
+                await anyio.sleep(0.05)
+            await anyio.sleep(0.2)  # its last words are on their way
 
     async def _answer(self, request: gr.Request, history: list[dict], *controls):
         """Answers the last question of the transcript, which it yields with the answer so far."""
-        if not history or history[-1]["role"] != "user":
-            yield gr.skip(), gr.skip()
-            return
-        async with aclosing(self._lines(conversation(history), controls, request)) as lines:
-            async for text, note, cut in lines:
-                yield [*history, _assistant(text, note, cut)], gr.Button(visible=cut)
+        if history and history[-1]["role"] == "user":
+            async for shown in self._transcripts(request, history, "", conversation(history), controls):
+                yield shown
+        else:
+            yield NOTHING
 
     async def _resume(self, request: gr.Request, history: list[dict], *controls):
         """Goes on with the last answer of the transcript."""
-        if not history or history[-1]["role"] != "assistant":
-            yield gr.skip(), gr.skip()
-            return
-        messages = conversation(history)
-        begun = messages[-1]["content"]
-        resume = bool(begun)
-        async with aclosing(self._lines(messages, controls, request, resume=resume)) as lines:
-            async for text, note, cut in lines:
-                yield [*history[:-1], _assistant(begun + text, note, cut)], gr.Button(visible=cut)
+        if history and history[-1]["role"] == "assistant":
+            messages = conversation(history)
+            async for shown in self._transcripts(request, history[:-1], messages[-1]["content"], messages, controls):
+                yield shown
+        else:
+            yield NOTHING
 
-    async def _lines(self, messages, controls, request, *, resume=False) -> AsyncIterator[tuple[str, str, bool]]:
-        """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""
-        text, tongue = "", language(request)
+    async def _transcripts(self, request, before: list[dict], begun: str, messages: list[dict], controls):
+        """What an answer makes of transcript, Continue and text box: `before`, then the answer `begun` as it grows."""
+        if request.session_hash in self._stops:
+            yield NOTHING
+            return
         stop = self._stops[request.session_hash] = threading.Event()
+        try:
+            yield gr.skip(), gr.Button(visible=False), gr.update(**BUSY)
+            async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
+                async for text, note, cut in lines:
+                    yield [*before, _assistant(begun + text, note, cut)], gr.Button(visible=cut), gr.skip()
+            yield gr.skip(), gr.skip(), gr.update(**IDLE)
+        finally:
+            del self._stops[request.session_hash]
+
+    async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
+        """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""
+        text = ""
         try:
             async with aclosing(self._states(messages, controls, stop, resume=resume)) as states:
                 async for state in states:
@@ -272,9 +279,6 @@ class Chat(gr.ChatInterface):
         except Exception:
             log.exception("An answer failed")
             yield text, f"⚠ {BROKEN.pick(tongue)}", bool(text)
-        finally:
-            if self._stops.get(request.session_hash) is stop:
-                del self._stops[request.session_hash]
 
     async def _chat(
         self,
@@ -300,6 +304,9 @@ class Chat(gr.ChatInterface):
                     yield state.text, [*history, {"role": "assistant", "content": state.text}]
         except NamesakeError as error:
             raise gr.Error(error.text.pick(language(request)), print_exception=False) from error
+        except Exception as error:
+            log.exception("An answer failed")
+            raise gr.Error(BROKEN.pick(language(request)), print_exception=False) from error
 
     async def _states(self, messages, controls, stop: threading.Event, *, resume=False):
         """The engine's states of an answer, and before them, while the model loads, its status as Text."""
@@ -317,14 +324,10 @@ class Chat(gr.ChatInterface):
             sampling = Sampling(*values).check(self._settings.page.limits)
             asked = [{"role": "system", "content": system_prompt or ""}, *messages]
             states = self._stream(asked, sampling, stop, resume=resume)
-            try:
-                while state := await anyio.to_thread.run_sync(next, states, None, limiter=self._threads):
-                    yield state
-            finally:
-                stop.set()
-                states.close()
+            while state := await anyio.to_thread.run_sync(next, states, None, limiter=self._threads):
+                yield state
         finally:
-            stop.set()
+            stop.set()  # `states` is not closed here: a thread may still be in it, and is the last to hold it
 
     def _greet(self, request: gr.Request) -> dict:
         """All that the page says, in the visitor's language."""
@@ -346,6 +349,7 @@ class Chat(gr.ChatInterface):
             ),
             self.textbox: gr.update(label=say["message"], placeholder=say["message"]),
             self._new: gr.update(value=say["new_chat"]),
+            self._kept: gr.update(label=say["chats"]),
             self._continue: gr.update(value=say["continue"]),
             **{button: gr.update(value=say[f"export_{kind}"]) for kind, button in self._exports.items()},
             self._accordion: gr.update(label=say["settings"]),
@@ -399,7 +403,9 @@ def _on_zero_gpu(stream):
 
 
 def free_address(host: str, port: int) -> None:
-    """Raises NamesakeError when the page could not listen there."""
+    """Raises NamesakeError when the page could not listen there; port 0 is any."""
+    if not 0 <= port <= 65535:
+        raise NamesakeError(f"--port is {port}", "Choose one from 0 to 65535.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
@@ -442,8 +448,7 @@ def serve(settings: Settings, model: Source, adapter: str, load_in: str, host: s
 
     `port` 0: 7860, or the next free one. Raises NamesakeError where the page cannot listen.
     """
-    if port:
-        free_address(host, port)
+    free_address(host, port)
     loader = Loader(model, adapter, load_in, settings.page.concurrency, settings.page.queue)
     chat = Chat(settings, loader)
     launch(chat, loader, host, port, share)

@@ -22,6 +22,7 @@ WORDS = {
     "repetition_penalty": Text("重复惩罚", "Repetition penalty"),
     "seed": Text("随机种子（-1：每次不同）", "Seed (-1: new each time)"),
     "chat": Text("对话", "Chat"),
+    "chats": Text("历史对话", "Chats"),
     "new_chat": Text("新对话", "New chat"),
     "greeting": Text("你好，我是{name}", "Hello, I am {name}"),
 }

