@@ -176,9 +176,7 @@ def test_an_error_is_one_sentence_and_the_next_message_works(server, visit, capl
     ask(page, "next", "You said next")
 
 
-@pytest.mark.parametrize(
-    ("locale", "words"), [("en-US", "64 visitors are waiting"), ("zh-CN", "已有 64 位在排队")]
-)
+@pytest.mark.parametrize(("locale", "words"), [("en-US", "64 visitors are waiting"), ("zh-CN", "已有 64 位在排队")])
 def test_a_full_line_is_told_in_the_visitors_language(visit, locale, words):
     page = visit(locale=locale)
     write(page, "refuse me")
