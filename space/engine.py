@@ -265,18 +265,14 @@ class Engine:
         conversations: list[list[Message]],
         sampling: Sampling = GREEDY,
         on_answer: Callable[[int, Answer], None] | None = None,
-        batch_tokens: int = 16384,
     ) -> list[Answer]:
-        """Answers to many conversations, batched by length, in their order; `on_answer(index, answer)` as each is made.
-
-        `batch_tokens`: the most tokens, prompts and answers together with their padding, in one batch.
-        """
+        """Answers to many conversations, in their order, batched by length; `on_answer(index, answer)` after each."""
         prompts = [self.prompt.fit(messages, self._room(sampling)).ids for messages in conversations]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         answers: list[Answer] = [Answer()] * len(prompts)
         while order:
             longest = len(prompts[order[0]]) + sampling.max_new_tokens
-            size = max(1, batch_tokens // longest)
+            size = max(1, self._batch_tokens() // longest)
             batch, order = order[:size], order[size:]
             for i, ids in zip(batch, self._generate_batch([prompts[i] for i in batch], sampling), strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
@@ -289,6 +285,16 @@ class Engine:
     def _room(self, sampling: Sampling) -> int:
         """How many tokens a prompt may have: the context less the answer's budget, at least half of the context."""
         return self.context - min(sampling.max_new_tokens, self.context // 2)
+
+    def _batch_tokens(self) -> int:
+        """The most tokens, prompts and answers with their padding, in one batch: few on a CPU, elsewhere as many as
+        keep the cache of keys and values within 8 GB."""
+        if self.model.device.type == "cpu":
+            return 8192
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(8e9 / (2 * 2 * config.num_hidden_layers * heads * width))
 
     def _config(self, sampling: Sampling, longest: int) -> dict:
         budget = min(sampling.max_new_tokens, self.context - longest)

@@ -297,20 +297,10 @@ def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick
             advance()
 
         conversations = [ask.messages(settings.assistant.system_prompt) for ask in group]
-        engine.answer(conversations, sampling, keep, batch_tokens=_batch_tokens(engine.model))
+        engine.answer(conversations, sampling, keep)
     limit = QUICK_TOKENS if quick else 0
     loss = {language: general_loss(engine, general_text(language), limit) for language in LANGUAGES}
     return Measured(answers.kept, loss)
-
-
-def _batch_tokens(model) -> int:
-    """Tokens a batch: as many as keep the cache of keys and values within 8 GB on an accelerator, few on a CPU."""
-    if model.device.type == "cpu":
-        return 8192
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(8e9 / (2 * 2 * config.num_hidden_layers * heads * width))
 
 
 def _grouped(wanted: list[Ask]) -> Iterator[tuple[tuple[str, int], list[Ask]]]:

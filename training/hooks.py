@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 import time
-import tomllib
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from space.settings import NamesakeError, Settings, load
+from training import evaluate
 
 
 class Seeds(Hook):
@@ -220,12 +220,12 @@ class Samples(Hook):
 
 def questions(settings: Settings, count: int = 2) -> list[str]:
     """A few of the evaluation's held-out questions in each of the assistant's languages."""
-    asked = []
-    for language in settings.assistant.languages:
-        path = Path(__file__).parent / "questions" / f"identity.{language}.toml"
-        ask = tomllib.loads(path.read_text(encoding="utf-8"))["direct"]["ask"]
-        asked += [question for question in ask if isinstance(question, str)][:count]
-    return asked
+    plain = [q for q in evaluate.questions() if q.category == "direct" and q.set == "identity" and len(q.turns) == 1]
+    return [
+        question.turns[0]
+        for language in settings.assistant.languages
+        for question in [q for q in plain if q.language == language and not q.system][:count]
+    ]
 
 
 def read_metrics(path: Path) -> list[dict]:
