@@ -321,7 +321,7 @@ def free_disk(settings: Settings) -> int:
 
 
 def seconds(made: Plan, shape: Shape, epochs: float) -> float:
-    """A rough estimate of the run's time: its arithmetic at 0.4 (CPU: 0.7) of the speed of a matrix product measured."""
+    """A rough estimate of the run's time: its arithmetic at 0.4 (CPU: 0.7) of the speed of a matrix product here."""
     import torch
 
     cuda = made.device == "cuda"
