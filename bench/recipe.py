@@ -41,7 +41,7 @@ LONG = (
 SWIFT = "You are a helpful assistant."
 
 START = dict(identity=300, replay=600, replay_tokens=256, rank=16, alpha=32, rate=2e-4, epochs=3)
-SMALL = dict(identity=240, replay=120, replay_tokens=64, rank=16, alpha=32, rate=5e-4, epochs=2)
+SMALL = dict(identity=240, replay=120, replay_tokens=64, rank=8, alpha=16, rate=5e-4, epochs=2)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 VARIANTS = {
