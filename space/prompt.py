@@ -104,10 +104,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A prompt that fits: its token ids, and how many of the oldest turns were left out for it."""
+    """A prompt that fits: its token ids, how many of the oldest turns were left out for it, and what was kept."""
 
     ids: list[int]
     dropped: int
+    messages: list[Message]
 
 
 class Prompt:
@@ -138,6 +139,11 @@ class Prompt:
         self._marks = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         sample = self.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         self.end_ids = {sample.labels[i] for i in range(sample.answered, len(sample.ids))} - {IGNORED}
+
+    @property
+    def control_names(self) -> list[str]:
+        """The control tokens as a template writes them, such as "<|im_end|>"."""
+        return list(self._control)
 
     def encode(self, messages: list[Message], *, answer_next: bool = False) -> Encoded:
         """The whole conversation, `clean()`ed; with `answer_next`, ending where the assistant's next answer begins.
@@ -194,16 +200,18 @@ class Prompt:
             raise NamesakeError("There is no question to answer", zh="没有可以回答的问题。")
         starts[0] = len(system)  # an assistant's greeting before the first question belongs to that turn
 
+        def kept(dropped: int) -> list[Message]:
+            return system + messages[starts[dropped] :]
+
         def encode(dropped: int) -> list[int]:
-            kept = system + messages[starts[dropped] :]
             if resume:
-                whole = self.encode(kept)
+                whole = self.encode(kept(dropped))
                 return whole.ids[: whole.answered]
-            return self.encode(kept, answer_next=True).ids
+            return self.encode(kept(dropped), answer_next=True).ids
 
         ids = encode(0)
         if len(ids) <= room:
-            return Fitted(ids, 0)
+            return Fitted(ids, 0, kept(0))
         # The fewer turns, the shorter: the first count of dropped turns that fits is found by bisection.
         dropped = bisect.bisect_left(range(len(starts)), True, lo=1, key=lambda count: len(encode(count)) <= room)
         if dropped == len(starts):
@@ -213,7 +221,7 @@ class Prompt:
                 "Shorten it.",
                 zh=f"消息太长：连同系统提示词共 {count} 个 token，最多 {room} 个。请缩短后再发。",
             )
-        return Fitted(encode(dropped), dropped)
+        return Fitted(encode(dropped), dropped, kept(dropped))
 
     def _render(self, messages: list[Message], answer_next: bool):
         """Yields the rendered template in pieces: (the message whose content it is, or None; text)."""
