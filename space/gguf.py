@@ -27,6 +27,8 @@ TOKENIZER = "tokenizer.huggingface.json"  # the key that the format's descriptio
 TOKENIZER_CONFIG = "namesake.tokenizer_config"
 ASSISTANT = "namesake.assistant"  # the text of assistant.json
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # a container's quota: microseconds of a core, and in how many
+
 SLOTS = 4  # conversations whose keys and values are kept, so that their next turn reads only what is new
 CHUNK = 512  # prompt tokens read at once when nobody else is being answered …
 SHARED = 64  # … and when others are, who wait for it
@@ -62,7 +64,7 @@ class GgufEngine(BaseEngine):
 
     def __init__(self, model, tokenizer, context: int, end_ids: list[int], concurrency: int = 1, queue: int = 64):
         super().__init__(tokenizer, context, end_ids, concurrency, queue)
-        llama = _llama()
+        llama = binding()
         self.model, self._llama = model, llama
         slots = max(concurrency, SLOTS)
         options = llama.LlamaContextParams()
@@ -242,7 +244,7 @@ def start(file: Path, context: int = 0, concurrency: int = 1, queue: int = 64) -
     """
     import psutil
 
-    llama = _llama()
+    llama = binding()
     try:
         with file.open("rb") as opened:
             if opened.read(4) != b"GGUF":
@@ -291,7 +293,7 @@ def threads() -> int:
     """The cores that this process may use: those it is bound to, or fewer where its container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = CPU_MAX.read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroup, or "max": no quota
         pass
@@ -302,7 +304,7 @@ def threads() -> int:
 def _model_class():
     """cyllama's model with the attribute that its own get_logits_ith looks for, and 0.2.18's model lacks."""
 
-    class Model(_llama().LlamaModel):
+    class Model(binding().LlamaModel):
         @property
         def n_vocab(self) -> int:
             return self.get_vocab().n_vocab
@@ -310,8 +312,11 @@ def _model_class():
     return Model
 
 
-def _llama():
+def binding():
     """cyllama's module over llama.cpp's interface. Raises NamesakeError where it is not installed."""
+    # OpenMP's threads wait for one another hundreds of times a token. By default they spin for about a millisecond
+    # each time: on a busy machine that takes the core from the very thread that is waited for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import cyllama.llama.llama_cpp as llama
     except ImportError:

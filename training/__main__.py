@@ -167,9 +167,7 @@ def evaluate(
     config: Config = SETTINGS,
     samples: Annotated[int, typer.Option(min=0, help="Sampled answers beside the greedy one. 额外采样次数。")] = 0,
     before: Annotated[str, typer.Option(help="What to compare with, by default the base. 对照模型。")] = "",
-    after: Annotated[
-        str, typer.Option(help="A merged folder, an adapter, a GGUF file or a page's URL. 被评测的模型。")
-    ] = "",
+    after: Annotated[str, typer.Option(help="Merged folder, adapter, GGUF file or page's URL. 被评测的模型。")] = "",
     quick: Quick = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the answers of a stopped evaluation. 接着评测。")

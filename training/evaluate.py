@@ -112,8 +112,9 @@ def evaluate(
     """Measure before and after, write the report, and say whether the gate is passed.
 
     `before`: the base, by default the settings'. `after`: a merged folder (by default this run's), a peft adapter's
-    folder, a GGUF file (answered by llama.cpp, as the page would), or the URL of a live page. `samples`: sampled answers for each identity question beside the greedy one.
-    `resume`: keep the answers of an evaluation that was stopped. Raises NamesakeError when something is missing.
+    folder, a GGUF file (llama.cpp answers, as on the page), or the URL of a live page. `samples`: sampled answers for
+    each identity question beside the greedy one. `resume`: keep the answers of an evaluation that was stopped.
+    Raises NamesakeError when something is missing.
     """
     from training import report
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from space.gguf import ASSISTANT, TOKENIZER, TOKENIZER_CONFIG
+from space.gguf import ASSISTANT, TOKENIZER, TOKENIZER_CONFIG, binding, threads
 from space.settings import NamesakeError, Settings
 from training import merge, native, record, shards
 
@@ -64,17 +64,7 @@ def export(settings: Settings, quantization: str) -> Path:
 
 def quantize(source: Path, target: Path, quantization: str) -> None:
     """Quantize a GGUF file with llama.cpp, on all cores. Raises NamesakeError where it refuses."""
-    from space.gguf import threads
-
-    try:
-        import cyllama.llama.llama_cpp as llama
-    except ImportError:
-        raise NamesakeError(
-            "llama.cpp's binding is not installed",
-            "Run: pip install cyllama==0.2.18",
-            zh="没有安装 llama.cpp 的 Python 绑定，请运行 pip install cyllama==0.2.18。",
-        ) from None
-    llama.disable_logging()
+    llama = binding()
     options = llama.LlamaModelQuantizeParams()
     options.ftype, options.nthread = QUANTIZATIONS[quantization], threads()
     try:
