@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
@@ -105,11 +106,10 @@ def page(folder: Path, config: Path) -> list[File]:
     Raises NamesakeError where one is missing.
     """
     sources = {name: folder / name for name in PAGE} | {"assistant.toml": config}
-    sources |= {
-        path.relative_to(folder).as_posix(): path
-        for path in (folder / "space").rglob("*")
-        if path.is_file() and not {"__pycache__", "embedded"} & set(path.parts)
-    }
+    for path in (folder / "space").rglob("*"):
+        inside = path.relative_to(folder)
+        if path.is_file() and not any(part in ("__pycache__", "embedded") or part[0] == "." for part in inside.parts):
+            sources[inside.as_posix()] = path
     for name, source in sources.items():
         if not source.is_file():
             raise NamesakeError(f"{source}: the page's {name} is missing", zh=f"缺少聊天页的 {name}：{source}")
@@ -142,6 +142,14 @@ def newest_gradio(text: str) -> str:
     return max(named, key=lambda version: [int(n) for n in re.findall(r"\d+", version)], default="")
 
 
+def safetensors_header(stream: BinaryIO) -> bytes:
+    """The JSON at the head of a safetensors file, empty where there is none: its length in 8 bytes, then itself."""
+    start = stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    header = stream.read(length) if length <= 100_000_000 else b""
+    return header if len(header) == length else b""
+
+
 def safetensors_fault(path: Path) -> str:
     """What is wrong with a safetensors file, "" if nothing: its header is read, and its length must be the header's.
 
@@ -149,12 +157,9 @@ def safetensors_fault(path: Path) -> str:
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            return "has no readable header"
+        header = safetensors_header(stream)
         try:
-            header = json.loads(stream.read(length))
+            length, header = len(header), json.loads(header)
             end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "has no readable header"
