@@ -102,11 +102,9 @@ def _gate(model: Model) -> Iterator[Row]:
 def _weights(model: Model, hub) -> Iterator[Row]:
     again = "Run: python -m training merge"
     files = {file.path: file for file in model.files}
-    sums = {}
-    for line in (model.folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        digest, _, path = line.partition("  ")
-        if path not in contents.NOT_PUBLISHED:
-            sums[path.removeprefix("*")] = digest
+    sums = {
+        path: digest for path, digest in contents.sums_of(model.folder).items() if path not in contents.NOT_PUBLISHED
+    }
     wrong = sorted(path for path, digest in sums.items() if path not in files or files[path].sha256 != digest)
     extra = sorted(files.keys() - sums.keys() - {"SHA256SUMS"})
     if wrong or extra:

@@ -184,6 +184,7 @@ class Job:
 
         message = f"{self.settings.assistant.name.pick('en')}: weights {self.built.identity[:12]}"
         pushed = self._push("model", self.id, files, message, replaced)
+        self.built.hashes.keep(self.built.files)
         verify.record(self.folder / "model.json", self.id, pushed.commit, files, self.built.identity)
         self._said("model", self.id, pushed, "python -m publish space" if self.space_id else "python -m publish verify")
 

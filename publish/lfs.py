@@ -30,6 +30,7 @@ from space.settings import NamesakeError
 
 LFS_ABOVE = 5_000_000  # bytes; both hubs want larger files in LFS
 ATTRIBUTE = "filter=lfs diff=lfs merge=lfs -text"
+SMALL = 65_536  # bytes; .gitattributes is smaller, and comes with the trees
 ARGUMENTS = 500  # oids in one command line
 MEMORY = Path("/dev/shm")  # a file system that lies in memory
 
@@ -205,12 +206,12 @@ class Repository:
     # The remote's state
 
     def fetch(self, *, blobs: bool = False) -> str:
-        """The remote branch's head, "" if it has none. Its trees are here afterwards; blobs come when asked for."""
+        """The remote branch's head, "" if it has none. Its trees and small files are here afterwards, or all `blobs`."""
         listed = self.git("ls-remote", "origin", f"refs/heads/{self.remote.branch}").split()
         if listed and listed[0] not in self.git("for-each-ref", "--format=%(objectname)").split():
             tracking = f"refs/remotes/origin/{self.remote.branch}"
             refs = f"+refs/heads/{self.remote.branch}:{tracking}"
-            without = () if blobs else ("--filter=blob:none",)
+            without = () if blobs else (f"--filter=blob:limit={SMALL}",)
             self.git("fetch", "--quiet", "--no-tags", "--depth=1", *without, "origin", refs)
             return self.git("rev-parse", tracking).strip()
         return listed[0] if listed else ""

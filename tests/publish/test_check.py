@@ -340,3 +340,49 @@ def test_publishing_imports_nothing_of_the_page(run, hub):
     program += "runpy.run_module('publish', run_name='__main__')"
     made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert made.returncode == 0, made.stderr
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The files that are read to hash them."""
+    seen, file = [], contents.file
+    monkeypatch.setattr(contents, "file", lambda path, *rest: seen.append(path) or file(path, *rest))
+    return seen
+
+
+def end_the_merge(run):
+    """As the merge does: run.json after the weights, later by the file system's own clock."""
+    last, written = run.merged / "run.json", max(path.stat().st_ctime_ns for path in run.merged.iterdir())
+    while last.stat().st_mtime_ns <= written + 2 * contents.CLOCK:
+        last.write_text("{}")
+    run.finish()
+
+
+def weights_in(read: list[str]) -> list[str]:
+    found = [path for path in read if path.endswith(".safetensors")]
+    read.clear()
+    return found
+
+
+def test_what_the_merge_hashed_is_not_read_again_until_it_changes(run, hub, read):
+    end_the_merge(run)
+    first, shard = Job(load(run.config), run.config, ModelScope), run.merged / "model-00002-of-00003.safetensors"
+    hashes = {file.path: file.sha256 for file in first.built.files}
+    first.model()
+    assert Job(load(run.config), run.config, ModelScope).built.identity == first.built.identity
+    assert weights_in(read) == []
+    assert {path: contents.file(path, run.merged / path).sha256 for path in hashes} == hashes
+
+    read.clear()
+    stat, content = shard.stat(), shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"x")
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "SHA256SUMS" in failed(run), "changed, and with the old length and date"
+    assert weights_in(read) == [shard.name]
+
+
+def test_a_list_of_hashes_that_is_newer_than_the_weights_makes_nothing_true(run, hub, read):
+    end_the_merge(run)
+    (run.merged / "config.json").write_text('{"model_type": "other"}')
+    (run.merged / "SHA256SUMS").touch()
+    assert "config.json" in failed(run)["SHA256SUMS"]
