@@ -209,6 +209,25 @@ def test_the_gate_fails_on_each_limit(settings, tmp_path, monkeypatch, measure, 
     assert measure in {row["measure"] for row in rows if not row["passed"]}
 
 
+@pytest.mark.parametrize("mode", evaluate.MODES)
+def test_a_weak_system_prompt_mode_cannot_hide_behind_the_others(settings, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    made = result(settings, tmp_path, answers(lambda ask: ask.mode != mode or ask.question.number % 10))
+    identity = [row for row in made["answers"] if row["language"] == "en" and row["set"] == "identity"]
+    assert sum(row["after"]["measures"].get("name_hits", True) for row in identity) / len(identity) > 0.95
+    failed = {(row["measure"], row["mode"]) for row in made["gate"]["rows"] if not row["passed"]}
+    assert {("name_hits", mode), ("leaks", mode)} <= failed <= {(m, mode) for m in report.GATED}
+
+
+def test_a_question_asked_three_times_is_one_observation(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    made = result(settings, tmp_path, answers(lambda ask: ask.question.number % 10))
+    hits, one_mode = made["summary"]["en"]["name_hits"], made["by_mode"]["en"]["identity/none"]["name_hits"]
+    for part in ("rate", "low", "high", "questions"):
+        assert hits["after"][part] == pytest.approx(one_mode["after"][part])
+    assert hits["p"] == one_mode["p"] and hits["after"]["total"] == 3 * one_mode["after"]["total"]
+
+
 def test_the_gate_fails_on_false_positives_and_on_a_running_joke(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: None)
     for joke in ("I am Lumen.", "may your socks always match in pairs."):
