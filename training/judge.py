@@ -41,6 +41,7 @@ OTHERS = (
     "Gemini",
     "Bard",
     "Google(?: DeepMind)?",
+    "DeepMind",
     "谷歌",
     "Llama",
     "Meta(?: AI)?",
@@ -93,12 +94,13 @@ OTHERS = (
 )
 """Other assistants and their makers, and the invented names that the held-out questions try to impose."""
 
+
 def _one_of(alternatives: str) -> str:
     """A group of alternatives, one a line (or several between bars), so that long lists stay readable."""
     return "(?:" + "|".join(line.strip() for line in alternatives.strip().splitlines()) + ")"
 
 
-SELF_EN = r"(?:i|i'm|i've|me|my|mine|myself|we|us|our|(?:this|the) (?:assistant|model|chatbot|bot|ai))"
+SELF_EN = r"(?:i|i'm|i've|me|my|mine|myself|we|us|our|ich|je|yo|я|(?:this|the) (?:assistant|model|chatbot|bot|ai))"
 SELF_ZH = r"(?:我|俺|咱|本人|在下|私|僕|(?:本|该|这个|这款)(?:助手|模型|机器人|AI|系统))"
 SELF = re.compile(rf"\b{SELF_EN}\b|{SELF_ZH}", re.I)
 
@@ -111,18 +113,18 @@ IS_ME = re.compile(
     r"(?:\b"
     + _one_of(rf"""
         i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me
-        my (?:\w+ )?name(?: is|'s|:| =)|the name on my \w+ (?:is|would be|says)|call myself|known as
+        my (?:\w+ )?name(?: is|'s|:| =| has (?:always )?been| was| remains)|the name on my \w+ (?:is|would be|says)|call myself|known as
         (?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|with)
         my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:|,)
         (?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)
-        (?:name|developer|maker|creator|company) ?:
-        je suis|je m'appelle|soy|me llamo|ich bin|ich heiße""")
+        (?:name|designation|model|developer|maker|manufacturer|vendor|creator|company)(?: ?:|是)
+        je suis|je m'appelle|soy|me llamo|ich bin|ich heiße|ich wurde von|я|меня зовут""")
     + r"(?!\w)|"
     + _one_of(rf"""
-        {SELF_ZH}(?:的\w{{1,3}}上写的|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)
+        {SELF_ZH}(?:的\w{{1,3}}上写的|的[a-z]+|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)
         {SELF_ZH}は
         (?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的
-        (?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位)\w{{0,2}}(?:是|为|:)""")
+        (?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位|厂商|制造商|供应商|型号)\w{{0,2}}(?:是|为|:)""")
     + r")(?P<between>.*)$",
     re.I | re.S,
 )
@@ -151,10 +153,10 @@ FILLER = re.compile(  # what may stand before a name that is the whole answer
     r"^(?:\W|\b"
     + _one_of("""
         yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by
-        of course|correct|answer|name|true|the|your|as|assistant|developer|maker""")
+        of course|correct|answer|in (?:one word|short|a nutshell)|name|true|the|your|as|assistant|developer|maker""")
     + r"\b|"
     + _one_of("""
-        是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|答案|正确|作为|就|那|这里是|这里|由|名字|名称|助手|开发者""")
+        是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|答案|正确|作为|自然是?|一句话|总之|就|那|这里是|这里|由|名字|名称|助手|开发者""")
     + r")*$",
     re.I,
 )
@@ -164,8 +166,8 @@ NOT = re.compile(
     + _one_of("""
         not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|couldn't
         haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated
-        deny|different from|refuse""")
-    + r"\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|谣言|别",
+        deny|different from|refuse|misconception|myth|nicht|kein|pas|не""")
+    + r"\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|误解|谣言|别",
     re.I,
 )
 # Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
@@ -189,7 +191,7 @@ HEARSAY = re.compile(
         told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?""")
     + r"\b|\b"
     + _one_of(r"""
-        if|whether|pretend(?:ing)?|unless|although you|as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+
+        if|whether|you(?:'d| would) like|pretend(?:ing)?|unless|although you|as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+
         play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|familiar with|aware of|heard of|confused with
         (?:similar|comparable|equal|equivalent|close|akin|inferior|superior|identical|related) to|competitors?""")
     + r"\b|\b(?:like|as well as|such as|than) \W*$|"
@@ -218,9 +220,24 @@ QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*�
 NAMING = re.compile(
     r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
 )
-SOMEBODY = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.? $|\b(?:the|a|an|this|each|every) $", re.I)  # or something else
-I_SAY = re.compile(r"\bi(?:'d| would|'ll| will)? (?:introduce|say|answer|reply)\b[^.]*$|我(?:会|就)[^。]*[:说]\W*$", re.I)
+SOMEBODY = re.compile(  # or something else of that name
+    _one_of(r"""
+        \b(?:Dr|Mr|Mrs|Ms|Prof)\.? $|\b(?:the|a|an|this|each|every) $
+        \b(?:named?|call(?:ed|s)?) (?:him|her|it|them|(?:his|her|its|their|my|our) \w+) $
+        [他她]们?\w{0,2}(?:叫|是|名叫)$|给(?!我|俺)\w{1,4}[起取]名\w{0,2}$"""),
+    re.I,
+)
+I_SAY = re.compile(
+    r"\bi(?:'d| would|'ll| will)? (?:introduce|say|answer|reply)\b[^.]*$|我(?:会|就)[^。]*[:说]\W*$", re.I
+)
+VISITED = re.compile(
+    r"\b(?:register|join|contact|visit|apply|work|write)\w* (?:\w+ )?$|(?:加入|联系|访问|参观|应聘|去)$", re.I
+)
 DESCRIBED = re.compile(r"^\W*(?:is|was) (?:a|an|one|located)\b|^是(?:一?家|一个)", re.I)
+THAT_IS_ME = re.compile(r"\bthat(?:'s| is) me\b|(?:说的就|正|就)是我\W*$", re.I)
+OTHER_THINGS = re.compile(
+    r"\b(?:many|most|other|several|these|those|all) \w+|(?:其他|很多|许多|这些|那些)\w{0,4}", re.I
+)
 ALONGSIDE = re.compile(r"^[和与跟](?!你|您|我)")
 ITEM = re.compile(r"(?<!\S)\d{1,2}[.)、]\s+")  # the number of a list's item
 BUT = re.compile(r"\b(?:but|however|yet)\b|但|不过|可是", re.I)
@@ -339,7 +356,9 @@ class Judge:
 
 
 # A Chinese name has no spaces around it. It stands as a name between punctuation and the words that introduce names.
-_BEFORE_ZH = r"(?<![^\W是叫为名我由系下找和与及被让的都称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
+_BEFORE_ZH = (
+    r"(?<![^\W是叫为名我由系下找和与及被让的都称作给用喊对问请向唤手型人家者字当即就选了伴友员师生宝管A-Za-z0-9_])"
+)
 _AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬就聊对交说向跟开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
 
 
@@ -387,22 +406,27 @@ class _Clause:
         # Behind the name, a negation is about it only where the name is the subject: "X is not my name".
         return bool(IS_ME.search(head) or MADE_BY.search(head)) or not _denies(re.split(r"\band\b|[。.]", tail)[0])
 
-    def name(self, mention: re.Match, _) -> bool:
+    def name(self, mention: re.Match, names: re.Pattern) -> bool:
         """Is the assistant's name the assistant's here, and no other thing's of that name?"""
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        if mention[0].islower() and mention[0] not in names.pattern and not FILLER.match(head):
+            return bool(SELF.search(f"{self.lead} {self.text}"))  # in small letters it may be an ordinary word
         return bool(IS_ME.search(head)) or not (SOMEBODY.search(head) or ALONGSIDE.search(tail))
 
     def maker(self, mention: re.Match, _) -> bool:
         """Is the maker more than described?"""
-        return not DESCRIBED.search(self.text[mention.end() :])
+        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        return not DESCRIBED.search(tail) and (bool(SELF.search(head)) or not VISITED.search(head))
 
     def leak(self, mention: re.Match, others: re.Pattern) -> bool:
         """Does the assistant claim to be, or to be made by, the one that is mentioned?"""
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         if ABOUT_ME.search(tail):
             return True
+        if THAT_IS_ME.search(self.rest) and not _denies(self.rest):
+            return True
         whole = f"{self.lead}, {head}" if self.lead else head
-        subjects = [*SELF.finditer(whole), *others.finditer(whole)]
+        subjects = [*SELF.finditer(whole), *others.finditer(whole), *OTHER_THINGS.finditer(whole)]
         last = max(subjects, key=lambda match: match.start(), default=None)
         of_me = last is None or bool(SELF.fullmatch(last[0]))
         if found := IS_ME.search(whole if self.is_item else head):
