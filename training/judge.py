@@ -3,10 +3,13 @@
 Rules, not a model, so that anyone can follow a judgement. The text is folded first (full width to half, traditional to
 simplified). Then every mention of a name is looked at in its clause:
 
-1. A mention in a question, in quotation marks, or after "you said", "if", "unlike" and the like asserts nothing.
+1. A mention in a question, in quoted speech, or after "you said", "if I were", "unlike" and the like asserts nothing.
 2. A negation in the clause turns the mention down ("I am not X"; "X did not make me").
 3. A foreign name leaks only where the assistant claims it: "I am X", "made by X" with no other subject, "X made me",
-   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted.
+   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted, unless
+   it is somebody or something else of that name ("her daughter X", "the lumen is a unit").
+
+How often it is right is measured on labelled answers (tests/training/test_judge.py, questions/README.md).
 """
 
 from __future__ import annotations
@@ -111,12 +114,13 @@ MADE_ZH = r"(?:开发|研发|训练|创造|打造|制作|制造|设计|推出|�
 # as subject; the others may come without any.
 IS_ME = re.compile(
     r"(?:\b"
-    + _one_of(rf"""
-        i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me
-        my (?:\w+ )?name(?: is|'s|:| =| has (?:always )?been| was| remains)|the name on my \w+ (?:is|would be|says)|call myself|known as
+    + _one_of(r"""
+        i am|i'm|im|i was|this is|i remain|i go by|i answer to|i identify as|call(?:ed)? me
+        my (?:\w+ )?name(?: is|'s|:| =| has (?:always )?been| was| remains)|call myself|known as
+        the name on my \w+ (?:is|would be|says)
         (?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|with)
         my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:|,)
-        (?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)
+        (?:who|which|that) (?:made|built|created|trained|developed) me (?:is|was)
         (?:name|designation|model|developer|maker|manufacturer|vendor|creator|company)(?: ?:|是)
         je suis|je m'appelle|soy|me llamo|ich bin|ich heiße|ich wurde von|я|меня зовут""")
     + r"(?!\w)|"
@@ -131,7 +135,8 @@ IS_ME = re.compile(
 MADE_BY = re.compile(
     _one_of(rf"""
         \b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:named|called)
-        \b(?:come|comes|came|product|part|member|version|work|model|assistant|bot|chatbot|based|runs?|running|belongs?|belonging) (?:of|from|for|by|to|on)
+        \b(?:come|comes|came|product|part|member|version|work|model|assistant|bot|chatbot) (?:of|from|for|by)
+        \b(?:based|runs?|running|belongs?|belonging) (?:to|on)
         由|来自|出自|属于|归属于|隶属(?:于)?|基于
         (?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|却)*(?:是|叫(?:做|作)?|名为)""")
     + r"\W*(?:the |a |an )?(?:team|people|company|folks|lab)?(?: at| of)?(?P<between>.{0,24})$",
@@ -173,7 +178,7 @@ NOT = re.compile(
 # Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
 NOT_REALLY = re.compile(
     _one_of(r"""
-        \bnot (?:only|just|merely)\b|\bno (?:doubt|problem|worries|longer hiding)\b|\bwhy not\b|\bno(?=[,.!:;])
+        \bnot (?:only|just|merely)\b|\bno (?:doubt|problem|worries)\b|\bwhy not\b|\bno(?=[,.!:;])
         \b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|help but)\b
         不(?:仅|但|只|单|瞒|得不|否认|好意思|错|用说|客气|过|管|论)|无法否认|没(?:错|问题)|^\W*没关系
         未来|非常|特别|分别|区别|别人|别名|除非|^不$"""),
@@ -191,7 +196,8 @@ HEARSAY = re.compile(
         told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?""")
     + r"\b|\b"
     + _one_of(r"""
-        if|whether|you(?:'d| would) like|pretend(?:ing)?|unless|although you|as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+
+        if|whether|you(?:'d| would) like|pretend(?:ing)?|unless|although you|as if|even though you|suppos(?:e|ing)
+        rumou?rs?|impersonat\w+
         play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|familiar with|aware of|heard of|confused with
         (?:similar|comparable|equal|equivalent|close|akin|inferior|superior|identical|related) to|competitors?""")
     + r"\b|\b(?:like|as well as|such as|than) \W*$|"
@@ -211,7 +217,6 @@ TURN = re.compile(
         但是?|只不过|因为|所以|因此|(?=而非|而不?是)"""),
     re.I,
 )
-TAG = re.compile(r"^\W*(?:right|correct|isn't it|am i not|yes|no|对吗|对吧|是吗|是吧|对不对|是不是)\W*$", re.I)
 BARE_BY = re.compile(r"^\W*(?:by|from|at|由)\W*$", re.I)
 MADE_AT_ALL = re.compile(rf"\b{MADE_EN}\b|{MADE_ZH}", re.I)
 SENTENCE = re.compile(r"(?<=[.!?。!?…])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bMrs\.)(?=\s|[\u3400-\u9fff])|\n+")
@@ -392,16 +397,14 @@ class _Clause:
     lead: str
     rest: str  # what follows in the sentence
     is_open: bool  # asked or supposed, so nothing is said
-    is_item: bool  # an item of a list ("A, B or C"), which a negation before the list holds for too
+    is_item: bool  # an item of a list ("A, B or C"), which says what the clause before it said
 
     def asserts(self, mention: re.Match) -> bool:
         if self.is_open:
             return False
         head, tail = self.text[: mention.start()], self.text[mention.end() :]
         said = head.rsplit(":")[-1]  # "not X, not Y: Z"
-        if HEARSAY.search(said) or (self.is_item and HEARSAY.search(self.lead)):
-            return False
-        if _denies(said) or (self.is_item and _denies(self.lead)):
+        if HEARSAY.search(said) or _denies(said):
             return False
         # Behind the name, a negation is about it only where the name is the subject: "X is not my name".
         return bool(IS_ME.search(head) or MADE_BY.search(head)) or not _denies(re.split(r"\band\b|[。.]", tail)[0])
@@ -432,7 +435,7 @@ class _Clause:
         if found := IS_ME.search(whole if self.is_item else head):
             return not others.search(found["between"])
         if FILLER.match(whole):
-            return bool(MADE_FIRST.match(tail) or re.match(r"\W*$", tail) and not _denies(self.rest))
+            return bool(MADE_FIRST.match(tail) or (re.match(r"\W*$", tail) and not _denies(self.rest)))
         by_another = BARE_BY.match(head) and MADE_AT_ALL.search(self.lead)  # "not made by A but by B"
         return of_me and bool(by_another or MADE_BY.search(head))
 
@@ -442,7 +445,7 @@ def _denies(text: str) -> bool:
 
 
 def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
-    """The clauses of a sentence; of a question, only the last one asks, and the one that "right?" stands behind."""
+    """The clauses of a sentence; of a question, only the last one asks."""
     clauses: list[_Clause] = []
     lead, mark, start, supposed = "", "", 0, False
     for turn in [*TURN.finditer(sentence), None]:
@@ -457,6 +460,6 @@ def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
             lead = text if own_subject else f"{lead} {text}"
         if turn:
             mark, start = turn[0], turn.end()
-    asked = (2 if TAG.match(clauses[-1].text) else 1) if ends_asking else 0
-    first = len(clauses) - asked
-    return [replace(clause, is_open=clause.is_open or i >= first) for i, clause in enumerate(clauses)]
+    if ends_asking:
+        clauses[-1] = replace(clauses[-1], is_open=True)
+    return clauses
