@@ -32,7 +32,7 @@ SETS = ("labelled_answers", "held_out_answers", "blind_answers_1", "blind_answer
 
 
 def test_precision_and_recall_on_all_labelled_answers(capsys):
-    """The figures at first sight of the blind sets, before the judge was mended, are in training/questions/README.md."""
+    """The figures at first sight of the blind sets, before the judge was mended: training/questions/README.md."""
     sets = {name: labelled(f"{name}.tsv") for name in SETS}
     everything = sorted({tuple(row) for rows in sets.values() for row in rows})
     assert len({answer for _, answer in everything}) == len(everything) >= 200, "one label for each answer"
