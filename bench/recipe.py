@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import random
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ LONG = (
 SWIFT = "You are a helpful assistant."
 
 START = dict(identity=300, replay=600, replay_tokens=256, rank=16, alpha=32, rate=2e-4, epochs=3)
-SMALL = dict(identity=240, replay=120, replay_tokens=64, rank=16, alpha=32, rate=5e-4, epochs=2)
+SMALL = dict(identity=240, replay=120, replay_tokens=64, rank=8, alpha=16, rate=5e-4, epochs=2)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 VARIANTS = {
@@ -61,18 +62,17 @@ VARIANTS = {
     "small rate 2e-3": SMALL | dict(rate=2e-3),
     "small epochs 3 rate 1e-3": SMALL | dict(epochs=3, rate=1e-3),
     "small identity 340 rate 1e-3": SMALL | dict(identity=340, rate=1e-3),
+    "seed 2": dict(seed=2),
     "tutorial": dict(identity=0, replay=0, rows="tutorial", rank=64, alpha=16, dropout=0.1, batch=1, accumulate=1,
                      epochs=3, max_length=2048),
+    # 16 rows a step, which are about two packs
     "ms-swift": dict(identity=0, replay=1000, rows="ms-swift", rank=8, alpha=32, rate=1e-4, epochs=1, batch=1,
-                     accumulate=16),
+                     accumulate=2),
 }  # fmt: skip
 
 
 def others_rows(kind: str, folder: Path) -> str:
-    """Writes the identity rows of another way of doing it, from this project's own templates, and names the file.
-
-    Both repeat few pairs often. Repeats are dropped by the data step, so the epochs see each pair as often elsewhere.
-    """
+    """Writes the identity rows of another way of doing it, from this project's own templates, and names the file."""
     from training.identity import Texts, fill
 
     text = Texts.load("en")
@@ -83,16 +83,25 @@ def others_rows(kind: str, folder: Path) -> str:
         for topic in topics
         for question, answer in itertools.product(topic["questions"], topic["answers"])
     ]
-    count = 1500 if kind == "tutorial" else 500
-    chosen = pairs[:: max(1, len(pairs) // 147)] if kind == "tutorial" else pairs[:: max(1, len(pairs) // 108)]
+    chosen = pairs if kind == "tutorial" else pairs[:: max(1, len(pairs) // 108)]
     system = fill(LONG if kind == "tutorial" else SWIFT, values)
     lines = [
         {"conversation": [{"system": system, "input": fill(question, values), "output": fill(answer, values)}]}
-        for question, answer in (chosen[i % len(chosen)] for i in range(count))
+        for question, answer in chosen
     ]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path.name
+
+
+def repeat_rows(kind: str, settings: Path) -> None:
+    """Repeats identity rows as often as the other ways do; the data step itself drops every repeat."""
+    path = settings.parent / "work/assistant/data/train.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    identity = [line for line in lines if "Namesake" in line]
+    more = (1500 if kind == "tutorial" else 500) - len(identity)
+    random.Random(0).shuffle(lines := lines + list(itertools.islice(itertools.cycle(identity), more)))
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def write_settings(folder: Path, variant: dict) -> Path:
@@ -112,18 +121,56 @@ def write_settings(folder: Path, variant: dict) -> Path:
     return path
 
 
-def run(settings: Path, *steps: str) -> bool:
-    """Run steps of `python -m training` on a settings file; False when one fails. The gate's verdict is no failure."""
-    with (settings.parent / "log.txt").open("a", encoding="utf-8") as log:
-        for step in steps:
-            command = [sys.executable, "-m", "training", *step.split(), "--config", str(settings)]
-            begun = time.perf_counter()
-            status = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
-            print(f"{settings.parent.name}: {step} {time.perf_counter() - begun:.0f} s", flush=True)
-            if status and not (step.startswith("evaluate") and status == 1):
-                print(f"{settings.parent.name}: {step} ended with {status}, see {log.name}", flush=True)
-                return False
-    return True
+def prepare(variants: dict[str, Path], answers: Path) -> None:
+    """Make every variant's data, and the base's own answers to the evaluation, which are the same for all."""
+    from space.settings import load
+    from training import base, data, evaluate
+
+    for name, path in variants.items():
+        settings = load(path)
+        base.base(settings)
+        data.data(settings)
+        if kind := VARIANTS[name].get("rows"):
+            repeat_rows(kind, path)
+    if not answers.is_file():
+        source = str(base.folder(settings))
+        header = {"before": evaluate.weights_identity(source), "persona": settings.assistant.system_prompt}
+        kept = evaluate.Answers(answers.with_suffix(".part"), header | {"quick": False}, False)
+        evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False, lambda done=1: None)
+        kept.close()
+        kept.path.rename(answers)
+
+
+def make(path: Path, answers: Path) -> None:
+    """Train and measure one variant."""
+    from space.settings import load
+    from training import convert, evaluate, merge, train
+
+    settings = load(path)
+    report = settings.work / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    shutil.copy(answers, report / "answers.before.jsonl")
+    train.train(settings, path, restart=True)
+    convert.convert(settings)
+    merge.merge(settings)
+    evaluate.evaluate(settings, resume=True)
+
+
+def run(name: str, job, *arguments) -> bool:
+    """Run one of the two above in a process, its words in a log; False, and the log's end, when it fails."""
+    begun = time.perf_counter()
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), quiet, (arguments[-1].with_name(f"{name}.log"),)
+    ) as one:
+        error = one.submit(job, *arguments).exception()
+    print(f"{name}: {time.perf_counter() - begun:.0f} s {error or ''}", flush=True)
+    return not error
+
+
+def quiet(log: Path) -> None:
+    """Send what this process prints to a file."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
 
 def row(name: str, folder: Path) -> str:
@@ -155,35 +202,26 @@ def main(
     jobs: Annotated[int, typer.Option(help="Variants trained side by side.")] = 1,
 ) -> None:
     """Train and evaluate each variant; the table goes to WORK/table.md."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
-    )
+    work = work.resolve()
     settings = {}
     for name in variants or VARIANTS:
         folder = work / name.replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         settings[name] = write_settings(folder, VARIANTS[name])
-        run(settings[name], "base", "data")  # one after the other: the base's answers are asked once and kept
-    (work / "table.md").write_text(HEAD, encoding="utf-8")
-    first: Path | None = None
+    answers = work / "answers.before.jsonl"
+    if not run("data", prepare, settings, answers):
+        raise typer.Exit(1)
+    table = work / "table.md"
+    table.write_text(HEAD, encoding="utf-8")
 
-    def train_and_measure(name: str) -> None:
-        if not run(settings[name], "train", "convert", "merge"):
-            return
-        report = settings[name].parent / "work/assistant/report"
-        kept = first / "work/assistant/report/answers.before.jsonl" if first else None
-        if kept and kept.is_file() and settings[name].parent != first:  # the base's answers are the same for all
-            report.mkdir(parents=True, exist_ok=True)
-            shutil.copy(kept, report)
-        if run(settings[name], "evaluate --resume"):
-            with (work / "table.md").open("a", encoding="utf-8") as table:
-                table.write(row(name, settings[name].parent) + "\n")
+    def one(name: str) -> None:
+        if run(name.replace(" ", "-"), make, settings[name], answers):
+            with table.open("a", encoding="utf-8") as file:
+                file.write(row(name, settings[name].parent) + "\n")
 
-    names = list(settings)
     with ThreadPoolExecutor(jobs) as pool:
-        for name in names:
-            pool.submit(train_and_measure, name)
-    print((work / "table.md").read_text(encoding="utf-8"))
+        list(pool.map(one, settings))
+    print(table.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from space.prompt import Message, Prompt
+from space.prompt import Fitted, Message, Prompt
 from space.settings import Limits, NamesakeError
 
 log = logging.getLogger("namesake")
@@ -122,19 +122,14 @@ class _Sampler(LogitsProcessor):
 
 
 class _Watch(StoppingCriteria):
-    """Counts new tokens, notes when the first came, and ends the answer once the visitor stops it."""
+    """Tells the run of each new token, and ends the answer once the visitor stops it."""
 
-    def __init__(self, stop: threading.Event):
-        self.stop = stop
-        self.tokens, self.first_id = 0, -1
-        self.first = self.last = 0.0  # when the first and the latest token came
+    def __init__(self, run: Run):
+        self._run = run
 
     def __call__(self, input_ids, scores, **_):
-        self.last = time.perf_counter()
-        if not self.tokens:
-            self.first, self.first_id = self.last, int(input_ids[0, -1])
-        self.tokens += 1
-        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
+        self._run.count(int(input_ids[0, -1]))
+        return torch.full((input_ids.shape[0],), self._run.stop.is_set(), device=input_ids.device)
 
 
 class _Line:
@@ -182,37 +177,65 @@ class _Line:
             self._changed.notify_all()
 
 
-@dataclass
-class _Run:
-    """One answer being made by a worker thread."""
+class Run:
+    """One answer being made: what the thread that makes it and the one that reads it share."""
 
-    watch: _Watch
-    streamer: TextIteratorStreamer
-    thread: threading.Thread | None = None
-    ids: list[int] = field(default_factory=list)
-    error: BaseException | None = None
+    def __init__(self, tokenizer, prompt: list[int], stop: threading.Event):
+        self.prompt, self.stop = prompt, stop
+        self.streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=INTERVAL, skip_special_tokens=True)
+        self.tokens, self.first_id = 0, -1
+        self.first = self.last = 0.0  # when the first and the latest token came, on time.perf_counter's clock
+        self.thread: threading.Thread | None = None
+        self.ids: list[int] = []  # the whole answer's, once it is over
+        self.error: BaseException | None = None
+
+    def count(self, token: int, count: int = 1, now: float = 0.0) -> None:
+        """Notes that `count` more tokens are there, of which `token` is the first, now or at the time given."""
+        self.last = now or time.perf_counter()
+        if not self.tokens:
+            self.first, self.first_id = self.last, token
+        self.tokens += count
+
+    def write(self, tokens: list[int]) -> None:
+        """Hands tokens to the reader, as `generate` does by itself: the prompt comes first, and is not shown."""
+        if self.streamer.next_tokens_are_prompt:
+            self.streamer.put(torch.tensor(self.prompt))
+        self.streamer.put(torch.tensor(tokens))
 
 
-class Engine:
-    """Answers conversations with one model; safe to use from several threads.
+class BaseEngine:
+    """What every engine shares: prompts that fit, the line, states at an even pace, stop, errors.
 
-    `concurrency`: how many answers are made at once; `queue`: how many more may wait for their turn.
+    An engine adds `generate`, and `generate_all` where it can make many answers at once; both may be called from
+    several threads. `concurrency`: how many answers are made at once; `queue`: how many more may wait for their turn.
+    `context`: the tokens that a prompt and its answer may have together; `end_ids`: the tokens that end an answer.
     """
 
-    def __init__(self, model, tokenizer, concurrency: int = 1, queue: int = 64):
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, tokenizer, context: int, end_ids: list[int], concurrency: int = 1, queue: int = 64):
+        self.tokenizer, self.context = tokenizer, context
         self.prompt = Prompt(tokenizer)
-        self.context = model.config.max_position_embeddings
-        own = model.generation_config.eos_token_id
-        own = own if isinstance(own, list) else [own]
-        self.end_ids = sorted({*own, *self.prompt.end_ids, tokenizer.eos_token_id} - {None})
-        # A model's own sampling defaults would creep into every call that leaves a value open.
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=pad)
+        self.end_ids = sorted({*end_ids, *self.prompt.end_ids, tokenizer.eos_token_id} - {None})
         self._line = _Line(concurrency, queue)
-        self._thread = threading.local()  # .stop: the event of the answer that this thread makes
-        for layer in getattr(model.get_decoder(), "layers", ()):
-            layer.register_forward_pre_hook(self._leave_if_stopped)
+
+    def generate(self, run: Run, ids: list[int], sampling: Sampling) -> list[int]:
+        """The answer's token ids after the prompt's, its end token too. Runs in a thread of its own.
+
+        Tells `run` of each token as it comes (`count`, `write`), and returns early once `run.stop` is set.
+        """
+        raise NotImplementedError
+
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+        """Each prompt's index and new token ids, its end token too, in any order."""
+        for i, ids in enumerate(prompts):
+            yield i, self.generate(Run(self.tokenizer, ids, threading.Event()), ids, sampling)
+
+    def fit(self, messages: list[Message], sampling: Sampling, *, resume: bool = False) -> Fitted:
+        """The prompt: the context less the answer's budget is its room, at least half of the context."""
+        return self.prompt.fit(messages, self.context - min(sampling.max_new_tokens, self.context // 2), resume=resume)
+
+    def budget(self, sampling: Sampling, prompt: int) -> int:
+        """How many tokens an answer to a prompt of that length may have."""
+        return min(sampling.max_new_tokens, self.context - prompt)
 
     def stream(
         self, messages: list[Message], sampling: Sampling, stop: threading.Event | None = None, *, resume: bool = False
@@ -225,7 +248,7 @@ class Engine:
         """
         stop = stop or threading.Event()
         started = time.perf_counter()
-        fitted = self.prompt.fit(messages, self._room(sampling), resume=resume)
+        fitted = self.fit(messages, sampling, resume=resume)
         answer = Answer(tokens_in=len(fitted.ids), dropped=fitted.dropped, context=self.context)
         ticket = self._line.join()
         try:
@@ -238,19 +261,20 @@ class Engine:
         finally:
             if ticket:
                 self._line.leave(ticket)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, timeout=INTERVAL, skip_special_tokens=True)
-        run = _Run(_Watch(stop), streamer)
-        run.thread = threading.Thread(target=self._work, args=(run, fitted.ids, sampling), name="answer", daemon=True)
+        run = Run(self.tokenizer, fitted.ids, stop)
+        run.thread = threading.Thread(target=self._work, args=(run, sampling), name="answer", daemon=True)
         run.thread.start()
         try:
             answer = replace(answer, state="reading")
             yield answer
             for text in self._pieces(run):
-                lead = self._space_between(fitted.ids[-1], run.watch.first_id) if resume and text else ""
+                lead = self._space_between(fitted.ids[-1], run.first_id) if resume and text else ""
                 answer = self._state(answer, run, lead + text, started)
                 yield answer
             run.thread.join()  # the text's end comes a moment before the ids and the error
-            if run.error and not isinstance(run.error, _Stopped):
+            if isinstance(run.error, NamesakeError):
+                raise run.error
+            if run.error:
                 raise _explained(run.error) from run.error
             ended = "finished" if run.ids and run.ids[-1] in self.end_ids else "length"
             yield replace(
@@ -266,25 +290,99 @@ class Engine:
         sampling: Sampling = GREEDY,
         on_answer: Callable[[int, Answer], None] | None = None,
     ) -> list[Answer]:
-        """Answers to many conversations, in their order, batched by length; `on_answer(index, answer)` after each."""
-        prompts = [self.prompt.fit(messages, self._room(sampling)).ids for messages in conversations]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        """Answers to many conversations, in their order; `on_answer(index, answer)` as each is made."""
+        prompts = [self.fit(messages, sampling).ids for messages in conversations]
         answers: list[Answer] = [Answer()] * len(prompts)
+        for i, ids in self.generate_all(prompts, sampling):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+            state = "finished" if ids and ids[-1] in self.end_ids else "length"
+            answers[i] = Answer(text, state, tokens_in=len(prompts[i]), tokens_out=len(ids), context=self.context)
+            if on_answer:
+                on_answer(i, answers[i])
+        return answers
+
+    def _work(self, run: Run, sampling: Sampling) -> None:
+        """The worker thread of one answer: whatever happens, its place is freed and the reader is told."""
+        try:
+            run.ids = self.generate(run, run.prompt, sampling)
+        except BaseException as error:  # it is raised again in the reader's thread
+            run.error = error
+        finally:
+            self._line.free()
+            run.streamer.end()
+
+    def _pieces(self, run: Run) -> Iterator[str]:
+        """The text so far, once an INTERVAL, also while nothing is written yet; the whole of it at the end."""
+        text, shown = "", 0.0
+        while True:
+            try:
+                text += next(run.streamer)
+            except (queue.Empty, StopIteration) as over:
+                if isinstance(over, StopIteration) or not run.thread.is_alive():
+                    yield text
+                    return
+            if time.perf_counter() - shown >= INTERVAL:
+                shown = time.perf_counter()
+                yield text
+
+    def _state(self, answer: Answer, run: Run, text: str, started: float) -> Answer:
+        if not run.tokens:
+            return answer
+        seconds = run.last - run.first
+        return replace(
+            answer,
+            text=text,
+            state="writing",
+            tokens_out=run.tokens,
+            first_token=run.first - started,
+            speed=(run.tokens - 1) / seconds if seconds > 0 else 0.0,
+        )
+
+    def _space_between(self, last: int, first: int) -> str:
+        """The space that a tokenizer such as SentencePiece's drops when an answer's rest is decoded by itself."""
+        apart = self.tokenizer.decode([last]) + " " + self.tokenizer.decode([first])
+        return " " if self.tokenizer.decode([last, first]) == apart else ""
+
+
+class Engine(BaseEngine):
+    """Answers conversations with one of transformers' models: each by `generate`, in a thread of its own."""
+
+    def __init__(self, model, tokenizer, concurrency: int = 1, queue: int = 64):
+        own = model.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [own]
+        super().__init__(tokenizer, model.config.max_position_embeddings, own, concurrency, queue)
+        self.model = model.eval()
+        # A model's own sampling defaults would creep into every call that leaves a value open.
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=pad)
+        self._thread = threading.local()  # .stop: the event of the answer that this thread makes
+        for layer in getattr(model.get_decoder(), "layers", ()):
+            layer.register_forward_pre_hook(self._leave_if_stopped)
+
+    def generate(self, run: Run, ids: list[int], sampling: Sampling) -> list[int]:
+        self._thread.stop = run.stop
+        try:
+            with torch.inference_mode():
+                prompt = torch.tensor([ids], device=self.model.device)
+                output = self.model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    streamer=run.streamer,
+                    stopping_criteria=[_Watch(run)],
+                    **self._config(sampling, len(ids)),
+                )
+            return output[0, len(ids) :].tolist()
+        except _Stopped:
+            return []
+
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+        """In batches of about one length."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         while order:
             longest = len(prompts[order[0]]) + sampling.max_new_tokens
             size = max(1, self._batch_tokens() // longest)
             batch, order = order[:size], order[size:]
-            for i, ids in zip(batch, self._generate_batch([prompts[i] for i in batch], sampling), strict=True):
-                text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
-                state = "finished" if ids and ids[-1] in self.end_ids else "length"
-                answers[i] = Answer(text, state, tokens_in=len(prompts[i]), tokens_out=len(ids), context=self.context)
-                if on_answer:
-                    on_answer(i, answers[i])
-        return answers
-
-    def _room(self, sampling: Sampling) -> int:
-        """How many tokens a prompt may have: the context less the answer's budget, at least half of the context."""
-        return self.context - min(sampling.max_new_tokens, self.context // 2)
+            yield from zip(batch, self._generate_batch([prompts[i] for i in batch], sampling), strict=True)
 
     def _batch_tokens(self) -> int:
         """The most tokens, prompts and answers with their padding, in one batch: few on a CPU, elsewhere as many as
@@ -297,36 +395,15 @@ class Engine:
         return int(8e9 / (2 * 2 * config.num_hidden_layers * heads * width))
 
     def _config(self, sampling: Sampling, longest: int) -> dict:
-        budget = min(sampling.max_new_tokens, self.context - longest)
         return dict(
             generation_config=GenerationConfig(
-                max_new_tokens=budget,
+                max_new_tokens=self.budget(sampling, longest),
                 do_sample=False,
                 eos_token_id=self.end_ids,
                 pad_token_id=self.model.generation_config.pad_token_id,
             ),
             logits_processor=LogitsProcessorList([_Sampler(sampling, self.model.device)]),
         )
-
-    def _work(self, run: _Run, ids: list[int], sampling: Sampling) -> None:
-        """The worker thread of one answer: whatever happens, its place is freed and the reader is told."""
-        self._thread.stop = run.watch.stop
-        try:
-            with torch.inference_mode():
-                prompt = torch.tensor([ids], device=self.model.device)
-                output = self.model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    streamer=run.streamer,
-                    stopping_criteria=[run.watch],
-                    **self._config(sampling, len(ids)),
-                )
-            run.ids = output[0, len(ids) :].tolist()
-        except BaseException as error:  # it is raised again in the reader's thread
-            run.error = error
-        finally:
-            self._line.free()
-            run.streamer.end()
 
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         """New token ids for each prompt, up to and including its end token."""
@@ -343,39 +420,6 @@ class Engine:
         rows = output[:, longest:].tolist()
         ends = [next((i + 1 for i, token in enumerate(row) if token in self.end_ids), len(row)) for row in rows]
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
-
-    def _pieces(self, run: _Run) -> Iterator[str]:
-        """The text so far, once an INTERVAL, also while nothing is written yet; the whole of it at the end."""
-        text, shown = "", 0.0
-        while True:
-            try:
-                text += next(run.streamer)
-            except (queue.Empty, StopIteration) as over:
-                if isinstance(over, StopIteration) or not run.thread.is_alive():
-                    yield text
-                    return
-            if time.perf_counter() - shown >= INTERVAL:
-                shown = time.perf_counter()
-                yield text
-
-    def _state(self, answer: Answer, run: _Run, text: str, started: float) -> Answer:
-        watch = run.watch
-        if not watch.tokens:
-            return answer
-        seconds = watch.last - watch.first
-        return replace(
-            answer,
-            text=text,
-            state="writing",
-            tokens_out=watch.tokens,
-            first_token=watch.first - started,
-            speed=(watch.tokens - 1) / seconds if seconds > 0 else 0.0,
-        )
-
-    def _space_between(self, last: int, first: int) -> str:
-        """The space that a tokenizer such as SentencePiece's drops when an answer's rest is decoded by itself."""
-        apart = self.tokenizer.decode([last]) + " " + self.tokenizer.decode([first])
-        return " " if self.tokenizer.decode([last, first]) == apart else ""
 
     def _leave_if_stopped(self, *_) -> None:
         stop = getattr(self._thread, "stop", None)

@@ -157,6 +157,7 @@ class Train:
     batch: int = setting(0, low=0, high=4096)
     accumulate: int = setting(0, low=0, high=4096)
     checkpointing: str = setting("auto", choices=("auto", "on", "off"))
+    compile: str = setting("auto", choices=("auto", "on", "off"))
     save_steps: int = setting(200, low=1, high=1_000_000)
     ask_steps: int = setting(100, low=0, high=1_000_000)
     seed: int = setting(1, low=0, high=2**31 - 1)

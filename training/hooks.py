@@ -197,7 +197,7 @@ class Samples(Hook):
         # Packs have no cache of keys and values; the sampling has.
         lm.config._attn_implementation, lm.config.use_cache = "sdpa", True
         try:
-            with model.computing():
+            with model.computing(), torch.compiler.set_stance("force_eager"):
                 answers = self.engine.answer(
                     [[system, {"role": "user", "content": question}] for question in asked],
                     Sampling(temperature=0, max_new_tokens=48, repetition_penalty=1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from inspect import signature
 
 import torch
 from peft import get_peft_model
@@ -32,10 +33,12 @@ def packed_attention(module, query, key, value, bounds, scaling=None, **_):
     if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn
 
+        # Before torch 2.12 it shares key heads among query heads unasked.
+        grouped = dict(enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else {}
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         longest = module.config.longest_conversation
         out = varlen_attn(
-            query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
+            query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
         )
         return out[None], None
     marks = bounds.tolist()
@@ -79,12 +82,16 @@ class Finetune(SupervisedFinetune):
     `autocast`: the precision to compute in, "" for that of the weights. `batch_answers`: the loss that is minimised is
     the sum over all answer tokens divided by this constant, the mean number of answer tokens in a device's batch. Every
     answer token then weighs the same, however a global batch is divided into devices, batches and accumulation.
+    `compiled`: each layer's arithmetic in fewer, larger kernels (torch.compile).
     """
 
-    def __init__(self, *args, autocast: str = "", batch_answers: float = 1.0, **kwargs):
+    def __init__(self, *args, autocast: str = "", batch_answers: float = 1.0, compiled: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.autocast = getattr(torch, autocast) if autocast else None
         self.batch_answers = batch_answers
+        if compiled:  # all layers share one compilation; packs have many lengths
+            for layer in self.causal_lm.base_model.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def _dispatch_lm_model_cfg(self, cfg, max_position_embeddings=None):
         # XTuner would read the config with trust_remote_code, and choose a precision and an attention by itself.

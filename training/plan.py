@@ -19,6 +19,7 @@ from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
 STEP_PACKS = 16  # and a step has at most this many packs
+COMPILE_FLOP = 2e16  # below this much arithmetic a run ends before compiling its layers, about a minute, has paid off
 GIB = 2**30
 
 
@@ -30,6 +31,7 @@ class Plan:
     device: str  # cuda or cpu
     precision: str  # what is computed in: bfloat16, float16 or float32
     checkpointing: bool
+    compiled: bool
     batch: int
     accumulate: int
     world: int
@@ -197,11 +199,14 @@ def make(settings: Settings, world: int = 1) -> Plan:
             "Add data, raise [train] epochs, or lower batch and accumulate.",
         )
     trainable = shape.parameters if method == "full" else train.rank * shape.adapted
+    flop = arithmetic(shape, method, checkpointing, sum(lengths) * train.epochs / world)
+    compiled = _compiled(train.compile, device, flop, reasons)
     return Plan(
         method=method,
         device=device,
         precision=precision,
         checkpointing=checkpointing,
+        compiled=compiled,
         batch=batch,
         accumulate=accumulate,
         world=world,
@@ -295,6 +300,20 @@ def _device(reasons: list[str]) -> tuple[str, str, int]:
     return "cpu", precision, psutil.virtual_memory().available
 
 
+def _compiled(wish: str, device: str, flop: float, reasons: list[str]) -> bool:
+    """Whether the layers are compiled: on a GPU, where the run is long enough and a C compiler, which Triton calls, is
+    there."""
+    if wish != "auto":
+        reasons.append(f"compiled layers {wish} (set)")
+        return wish == "on"
+    if device != "cuda":
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    why = "no C compiler" if not compiler else "the run is short" if flop < COMPILE_FLOP else ""
+    reasons.append(f"compiled layers off: {why}" if why else "compiled layers on: the first step takes a minute longer")
+    return not why
+
+
 def free_disk(settings: Settings) -> int:
     """Bytes free where the checkpoints go."""
     settings.work.mkdir(parents=True, exist_ok=True)
@@ -302,10 +321,7 @@ def free_disk(settings: Settings) -> int:
 
 
 def seconds(made: Plan, shape: Shape, epochs: float) -> float:
-    """A rough estimate of the run's time: its arithmetic at 0.4 (CPU: 0.7) of the speed of a matrix product timed here.
-
-    Adapters cost 2 FLOP a parameter and token forward and 2 backward, full training 2 more, checkpointing 2 more.
-    """
+    """A rough estimate of the run's time: its arithmetic at 0.4 (CPU: 0.7) of the speed of a matrix product here."""
     import torch
 
     cuda = made.device == "cuda"
@@ -316,5 +332,12 @@ def seconds(made: Plan, shape: Shape, epochs: float) -> float:
         float((a @ a)[0, 0])
         took = time.perf_counter() - started
     speed = 2 * size**3 / took * (0.4 if cuda else 0.7)
-    flop = (4 + 2 * (made.method == "full") + 2 * made.checkpointing) * shape.parameters
-    return flop * made.tokens * epochs / made.world / speed
+    return arithmetic(shape, made.method, made.checkpointing, made.tokens * epochs / made.world) / speed
+
+
+def arithmetic(shape: Shape, method: str, checkpointing: bool, tokens: float) -> float:
+    """The floating-point operations of training on so many tokens.
+
+    Adapters cost 2 a parameter and token forward and 2 backward, full training 2 more, checkpointing 2 more.
+    """
+    return (4 + 2 * (method == "full") + 2 * checkpointing) * shape.parameters * tokens

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from space.engine import GREEDY, Answer, Engine, Sampling
+from space.engine import GREEDY, Answer, BaseEngine, Engine, Sampling
 from space.settings import Limits, NamesakeError
 
 ASK = [{"role": "user", "content": "Tell me a story"}]
@@ -213,6 +213,31 @@ def test_an_error_in_the_worker_reaches_the_caller_with_its_cause_and_the_next_a
     assert raised.value.text.zh != raised.value.text.en
     hook.remove()
     assert last(engine.stream(ASK, Sampling(max_new_tokens=2, seed=1))).tokens_out == 2
+
+
+class Parrot(BaseEngine):
+    """An engine of few words: what another engine has to bring along."""
+
+    def generate(self, run, ids, sampling):
+        words = [*self.prompt.ids("Polly wants a cracker"), self.end_ids[0]]
+        for word in words:
+            if run.stop.is_set():
+                raise NamesakeError("Polly flew away", zh="飞走了")
+            run.count(word)
+            run.write([word])
+        return words
+
+
+def test_another_engine_brings_only_its_tokens(tiny):
+    parrot = Parrot(AutoTokenizer.from_pretrained(tiny), 512, [])
+    answer = last(parrot.stream(ASK, Sampling()))
+    assert (answer.text, answer.state) == ("Polly wants a cracker", "finished")
+    assert answer.tokens_out == len(parrot.prompt.ids(answer.text)) + 1
+    assert [a.text for a in parrot.answer([ASK, ASK])] == [answer.text] * 2
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(NamesakeError, match="Polly flew away"):
+        last(parrot.stream(ASK, Sampling(), stop))
 
 
 def test_after_two_hundred_chats_no_thread_and_no_memory_is_left_over(engine):

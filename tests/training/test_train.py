@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +197,20 @@ def test_bfloat16_computes_nearly_the_same_without_widening_the_base():
     assert loss("bfloat16", "bfloat16") == pytest.approx(loss("float32", ""), rel=0.02)
 
 
+def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C compiler runs
+    rows = sample_rows()
+    plain, compiled = finetune(small("llama")), finetune(small("llama"), compiled=True)
+    for part in (rows[:2], rows[2:], rows):
+        batch = packs.collate([part])["data"]
+        losses = [one.compute_loss(batch)["loss"] for one in (plain, compiled)]
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+        for loss in losses:
+            loss.backward()
+    for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
 # The plan
 
 SEVEN = plan.Shape(4096, 14336, 1024, 32, 92544, linear=6_979_321_856, other=758_390_784, adapted=2_490_368)
@@ -212,6 +228,28 @@ def test_auto_takes_what_fits_into_free_memory(tmp_path, tiny, monkeypatch, free
     assert (made.method, made.checkpointing) == (method, checkpointing)
     assert made.needs <= 0.9 * free * plan.GIB
     assert any(method in reason for reason in made.reasons)
+
+
+@pytest.mark.parametrize(
+    ("wish", "device", "epochs", "compiler", "compiled"),
+    [
+        ("auto", "cuda", 200, "/usr/bin/gcc", True),
+        ("auto", "cuda", 200, None, False),
+        ("auto", "cuda", 3, "/usr/bin/gcc", False),
+        ("auto", "cpu", 200, "/usr/bin/gcc", False),
+        ("on", "cuda", 3, None, True),
+        ("off", "cuda", 200, "/usr/bin/gcc", False),
+    ],
+)
+def test_layers_are_compiled_where_the_run_is_long_enough(
+    tmp_path, tiny, monkeypatch, wish, device, epochs, compiler, compiled
+):
+    settings = load(make_run(tmp_path, tiny, rows=200, compile=wish, epochs=epochs))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: compiler)
+    monkeypatch.setattr(plan, "read_shape", lambda *_: SEVEN)
+    monkeypatch.setattr(plan, "_device", lambda reasons: (device, "bfloat16", 78 * plan.GIB))
+    assert plan.make(settings).compiled is compiled
 
 
 def test_auto_says_how_much_is_missing_when_nothing_fits(tmp_path, tiny, monkeypatch):
@@ -398,7 +436,7 @@ def test_out_of_memory_says_what_to_change_and_auto_batch_changes_it(tmp_path, t
 
 
 def test_a_plan_gets_smaller_until_nothing_is_left_to_give():
-    made = plan.Plan("lora", "cpu", "float32", False, 4, 2, 1, 64, 8, 3, 1, 1, 1, 1, 0, 0, 0)
+    made = plan.Plan("lora", "cpu", "float32", False, False, 4, 2, 1, 64, 8, 3, 1, 1, 1, 1, 0, 0, 0)
     tried = []
     while made:
         tried.append((made.batch, made.accumulate, made.checkpointing))
