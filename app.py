@@ -31,7 +31,7 @@ def main(
         Precision,
         typer.Option(
             envvar="NAMESAKE_LOAD_IN",
-            help="Precision. auto: bf16 where it fits in memory, else 4bit; on a CPU the faster.",
+            help="Precision. auto: bf16 where it fits in memory, else 4bit; on a CPU what it computes in faster.",
         ),
     ] = Precision.auto,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: from other machines too.")] = (

@@ -136,6 +136,7 @@ class Chat(gr.ChatInterface):
             concurrency_limit=None,  # the engine keeps the line, in which each visitor sees a place
             show_progress="hidden",
             api_visibility="private",
+            trigger_mode="always_last",  # Gradio would drop a question whose answer is asked for while this still ends
         )
 
         def script(code: str, outputs=None, inputs=None) -> dict:
@@ -149,7 +150,14 @@ class Chat(gr.ChatInterface):
         ask = dict(inputs=[self.chatbot], outputs=[self.chatbot], show_progress="hidden", api_visibility="private")
         asked = [
             self.textbox.submit(
-                self._send, **{**ask, "inputs": [self.chatbot, self.textbox], "outputs": [self.chatbot, self.textbox]}
+                self._send,
+                **{
+                    **ask,
+                    "inputs": [self.chatbot, self.textbox],
+                    "outputs": [self.chatbot, self.textbox],
+                    # By default Gradio drops an Enter that comes before the server has seen the one before.
+                    "trigger_mode": "always_last",
+                },
             ),
             self.chatbot.example_select(self._send_example, **ask),
             self.chatbot.retry(self._again, **ask),
@@ -259,9 +267,9 @@ class Chat(gr.ChatInterface):
             async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
                 async for text, note, cut in lines:
                     yield [*before, _assistant(begun + text, note, cut)], gr.Button(visible=cut), gr.skip()
-            yield gr.skip(), gr.skip(), gr.update(**IDLE)
         finally:
             del self._stops[request.session_hash]
+        yield gr.skip(), gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
 
     async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
         """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""

@@ -48,10 +48,15 @@ def idle(page):
 
 
 def ask(page, text, answer):
-    """Sends a message and waits until it is answered in full."""
+    """Sends a message and waits until it is answered in full, and kept in the browser, which is the last that happens."""
     write(page, text)
     expect(bots(page).last).to_contain_text(answer)
     idle(page)
+    page.wait_for_function(
+        """answer => JSON.parse(localStorage.getItem("namesake-chats") || "[]").some(
+            ({ messages }) => messages.at(-1).role === "assistant" && JSON.stringify(messages.at(-1)).includes(answer))""",
+        arg=json.dumps(answer)[1:-1],
+    )
 
 
 def settings(page):
@@ -138,12 +143,30 @@ def test_enter_while_an_answer_is_written_keeps_the_text_and_the_stop_button(ser
     idle(page)
 
 
-def test_an_empty_message_asks_nothing(server, visit):
+@pytest.mark.parametrize("slow", [0, 1])
+def test_an_empty_message_asks_nothing_and_the_next_is_not_lost(server, visit, slow):
+    """However slowly the network carries the empty one, or (`slow` 1) what the page asks after it."""
     page = visit()
     calls = len(server.engine.calls)
+    seen, held = [], []
+
+    def carry(route):
+        seen.append(route)
+        if len(seen) == slow + 1:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", carry)
     write(page, "   ")
+    for _ in range(slow + 1 - len(seen)):
+        page.wait_for_event("request", lambda request: "queue/join" in request.url)
+    write(page, "hello")
+    if slow:
+        expect(users(page)).to_have_text(["hello"])
+    held[0].continue_()
+    expect(bots(page).last).to_contain_text("You said hello")
     idle(page)
-    ask(page, "hello", "You said hello")
     assert len(server.engine.calls) == calls + 1
 
 
@@ -591,17 +614,21 @@ def test_sixteen_clients_at_once_get_their_own_answers(server):
         assert list(pool.map(one, range(16))) == [f"You said number {number}" for number in range(16)]
 
 
-def test_nothing_is_left_after_many_chats_with_stops_errors_and_closed_tabs(server, visit, browser):
+def test_nothing_is_left_after_many_chats_with_stops_errors_and_closed_tabs(server, visit):
+    context = visit().context
+
     def visits(count):
         for turn in range(count):
-            page = visit()
+            page = context.new_page()
+            page.goto(server.url)
+            page.locator("#chat .placeholder h2").wait_for()
             write(page, ["slow", "long", "crash", "refuse", "long"][turn % 5] + " question please")
             expect(page.locator(".note").last).to_be_visible()
             if turn % 5 < 2:
                 page.locator(".stop-button").click()
             if turn % 5 < 4:
                 idle(page)
-            page.context.close()
+            page.close()
 
     def answering():
         return [call for call in server.engine.calls if not call.over.is_set()]
@@ -612,7 +639,7 @@ def test_nothing_is_left_after_many_chats_with_stops_errors_and_closed_tabs(serv
     visits(5)
     until(lambda: not answering() and not server.chat._stops, "the first five are over")
     before = threads()
-    visits(15)
+    visits(10)
     until(lambda: not answering(), "a closed tab's answer is stopped")
     until(lambda: not server.chat._stops, "no session is left")
     until(lambda: threads() <= before, f"{threads()} threads, {before} before")
