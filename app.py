@@ -12,7 +12,7 @@ import typer
 
 Precision = StrEnum("Precision", {"auto": "auto", "bf16": "bf16", "8bit": "8bit", "4bit": "4bit"})
 
-command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 ONLINE = bool(os.environ.get("SPACE_ID") or os.environ.get("MODELSCOPE_ENVIRONMENT") == "studio")
 
 

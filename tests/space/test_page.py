@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -60,8 +61,9 @@ def ask(page, text, answer):
 
 
 def settings(page):
+    """Opens the settings, which Gradio draws only then; what the page says is the last that is set in them."""
     page.locator("#settings > button").click()
-    page.locator("#settings textarea").wait_for()
+    expect(page.locator("#settings")).to_contain_text(re.compile("the same answer each time|每次回答相同"))
 
 
 def chats(page):
@@ -650,48 +652,12 @@ def test_nothing_is_left_after_many_chats_with_stops_errors_and_closed_tabs(serv
 # app.py
 
 
-def app(*arguments, **environment):
-    return [sys.executable, str(ROOT / "app.py"), *arguments], {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        **environment,
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--port", "BUSY"], "Address already in use. Choose another with --port."),
-        (["--port", "70000"], "70000"),
-        (["--port", "-5"], "-5"),
-        (["--host", "no.such.host.invalid", "--port", "7999"], "Check --host."),
-        (["--host", "no.such.host.invalid"], "Check --host."),
-        (["--host", "203.0.113.7", "--port", "7999"], "Check --host."),
-        (["--config", "nowhere.toml"], "nowhere.toml: no such settings file"),
-        (["--config", "BROKEN"], "broken.toml:2"),
-        (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["--model", "modelscope:name"], "no such folder, and not a repository"),
-        (["--load-in", "3bit"], "--load-in"),
-        (["--prot", "1"], "--prot"),
-    ],
-)
-def test_a_bad_command_line_is_one_clear_line(tmp_path, arguments, says):
-    (tmp_path / "broken.toml").write_text('[assistant]\nname = "x\n', encoding="utf-8")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        values = {"BUSY": str(taken.getsockname()[1]), "BROKEN": str(tmp_path / "broken.toml")}
-        command, environment = app(*(values.get(argument, argument) for argument in arguments))
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode not in (0, None)
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert len([line for line in done.stderr.splitlines() if says in line]) == 1
-
-
 def started(*arguments, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command, environment = app("--port", str(port), *arguments, **environment)
+    command = [sys.executable, "app.py", "--port", str(port), *arguments]
+    environment = {**os.environ, **environment}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}/")
 
