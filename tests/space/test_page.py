@@ -49,13 +49,13 @@ def idle(page):
 
 
 def ask(page, text, answer):
-    """Sends a message and waits until it is answered in full, and kept in the browser, which is the last that happens."""
+    """Sends a message and waits until it is answered in full and, which is the last that happens, kept."""
     write(page, text)
     expect(bots(page).last).to_contain_text(answer)
     idle(page)
     page.wait_for_function(
         """answer => JSON.parse(localStorage.getItem("namesake-chats") || "[]").some(
-            ({ messages }) => messages.at(-1).role === "assistant" && JSON.stringify(messages.at(-1)).includes(answer))""",
+            ({ messages }) => messages.at(-1).role === "assistant" && JSON.stringify(messages).includes(answer))""",
         arg=json.dumps(answer)[1:-1],
     )
 
