@@ -191,12 +191,13 @@ class Chat(gr.ChatInterface):
 
         for kind, button in self._exports.items():
             button.click(**script(f"(messages) => namesake.save(messages, '{kind}')", None, [self.chatbot]))
+        self._clock = gr.Timer(1, active=False)
+        self._clock.tick(self._tell_status, None, [self._header, self._clock], **now)
         texts = [self.textbox, self._new, self._kept, self._continue, *self._exports.values(), self._accordion]
-        self.load(self._greet, None, [self._header, self.chatbot, *texts, *self._controls.values()], **now).then(
-            **script("namesake.restore", [self.chatbot, self._kept, self._continue])
-        )
-        clock = gr.Timer(1)
-        clock.tick(self._tell_status, None, [self._header, clock], **now)
+        greeted = [self._header, self.chatbot, self._clock, *texts, *self._controls.values()]
+        greeting = self.load(self._greet, None, greeted, **now)
+        greeting.then(**script("namesake.restore", [self.chatbot, self._kept, self._continue]))
+        greeting.then(**script("namesake.draft", [self.textbox]))
 
     def _send(self, history: list[dict], message: str, request: gr.Request):
         if not message.strip() or self._busy(request):
@@ -350,6 +351,7 @@ class Chat(gr.ChatInterface):
         }
         return {
             self._header: self._headline(tongue),
+            self._clock: self._ticking(),
             self.chatbot: gr.update(
                 label=say["chat"],
                 placeholder=f"<h2>{greeting}</h2><p>{description}</p>",
@@ -366,7 +368,10 @@ class Chat(gr.ChatInterface):
 
     def _tell_status(self, request: gr.Request):
         """How far the model is; the clock stops once that no longer changes."""
-        return self._headline(language(request)), gr.Timer(active=self._loader.status.state == "loading")
+        return self._headline(language(request)), self._ticking()
+
+    def _ticking(self):
+        return gr.Timer(active=self._loader.status.state == "loading")
 
     def _headline(self, tongue: str) -> str:
         """The title, which model answers, and how far it is."""
