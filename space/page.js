@@ -110,6 +110,7 @@ const namesake = (() => {
     };
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
+    for (const note of document.querySelectorAll('#chat [aria-label*="<small"]')) note.setAttribute("aria-label", note.textContent.trim());
     const root = document.documentElement;
     if (chinese && !root.lang.startsWith("zh")) root.lang = "zh-CN"; // or Chinese is drawn with another language's glyphs
   }
