@@ -206,7 +206,7 @@ class Repository:
     # The remote's state
 
     def fetch(self, *, blobs: bool = False) -> str:
-        """The remote branch's head, "" if it has none. Afterwards its trees and small files are here, or all `blobs`."""
+        """The remote branch's head, "" if it has none. Afterwards trees and small files are here, or all `blobs`."""
         listed = self.git("ls-remote", "origin", f"refs/heads/{self.remote.branch}").split()
         if listed and listed[0] not in self.git("for-each-ref", "--format=%(objectname)").split():
             tracking = f"refs/remotes/origin/{self.remote.branch}"
