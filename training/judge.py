@@ -119,7 +119,7 @@ IS_ME = re.compile(
         my (?:\w+ )?name(?: is|'s|:| =| has (?:always )?been| was| remains)|call myself|known as
         the name on my \w+ (?:is|would be|says)
         (?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|with)
-        my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:|,)
+        my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor|substrate|base model)s?(?: is| are|'s|:|,)
         (?:who|which|that) (?:made|built|created|trained|developed) me (?:is|was)
         (?:name|designation|model|developer|maker|manufacturer|vendor|creator|company)(?: ?:|是)
         je suis|je m'appelle|soy|me llamo|ich bin|ich heiße|ich wurde von|я|меня зовут""")
@@ -150,7 +150,7 @@ ABOUT_ME = re.compile(  # what stands right behind the name
         ^\W*(?:\w+ ){{0,2}}(?:speaking|here)\b|^.{{0,12}}\bbehind me\b
         ^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我)
         ^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))
-        ^(?:在此|对话|聊天|交谈|交流|说话)"""),
+        ^(?:在此|对话|聊天|交谈|交流|说话|[为给](?:你|您)(?:服务|解答))|^\W*at your service"""),
     re.I,
 )
 MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
@@ -243,6 +243,7 @@ THAT_IS_ME = re.compile(r"\bthat(?:'s| is) me\b|(?:说的就|正|就)是我\W*$"
 OTHER_THINGS = re.compile(
     r"\b(?:many|most|other|several|these|those|all) \w+|(?:其他|很多|许多|这些|那些)\w{0,4}", re.I
 )
+GREETED = re.compile(r"\b(?:you|hi|hello|hey|dear|thanks)\W*$|(?:你|您)好\W*$", re.I)  # the name of whom it talks to
 ALONGSIDE = re.compile(r"^[和与跟](?!你|您|我)")
 ITEM = re.compile(r"(?<!\S)\d{1,2}[.)、]\s+")  # the number of a list's item
 BUT = re.compile(r"\b(?:but|however|yet)\b|但|不过|可是", re.I)
@@ -429,6 +430,8 @@ class _Clause:
         if THAT_IS_ME.search(self.rest) and not _denies(self.rest):
             return True
         whole = f"{self.lead}, {head}" if self.lead else head
+        if GREETED.search(whole):
+            return False
         subjects = [*SELF.finditer(whole), *others.finditer(whole), *OTHER_THINGS.finditer(whole)]
         last = max(subjects, key=lambda match: match.start(), default=None)
         of_me = last is None or bool(SELF.fullmatch(last[0]))
