@@ -245,6 +245,7 @@ OTHER_THINGS = re.compile(
 )
 GREETED = re.compile(r"\b(?:you|hi|hello|hey|dear|thanks)\W*$|(?:你|您)好\W*$", re.I)  # the name of whom it talks to
 ALONGSIDE = re.compile(r"^[和与跟](?!你|您|我)")
+REACH = 300  # characters around a mention that are looked at, so that a long answer costs no more than its length
 ITEM = re.compile(r"(?<!\S)\d{1,2}[.)、]\s+")  # the number of a list's item
 BUT = re.compile(r"\b(?:but|however|yet)\b|但|不过|可是", re.I)
 REFUSAL = re.compile(
@@ -318,7 +319,7 @@ class Judge:
                             continue
                         if getattr(clause, kind)(mention, pattern):
                             reasons[kind] = sentence.strip()[:200]
-        if refusal := REFUSAL.search(text):
+        if refusal := REFUSAL.search(text.strip()[:REACH]):
             reasons["refusal"] = refusal[0].strip()
         return Judgement(**{kind: True for kind in reasons}, reasons=reasons)
 
@@ -342,8 +343,9 @@ class Judge:
         def keep(quote: re.Match) -> str:
             inner = quote[0][1:-1]
             alone = any(p.fullmatch(inner.strip(" .,!。")) for p in (self._names, self._makers, self._others))
-            named = NAMING.search(text[: quote.start()]) and not SELF.search(inner) and not IS_ME.search(inner)
-            return quote[0] if alone or named or I_SAY.search(text[: quote.start()]) else "\ufffc"
+            before = text[max(0, quote.start() - REACH) : quote.start()]
+            named = NAMING.search(before) and not SELF.search(inner) and not IS_ME.search(inner)
+            return quote[0] if alone or named or I_SAY.search(before) else "\ufffc"
 
         return QUOTED.sub(keep, text)
 
@@ -400,10 +402,13 @@ class _Clause:
     is_open: bool  # asked or supposed, so nothing is said
     is_item: bool  # an item of a list ("A, B or C"), which says what the clause before it said
 
+    def _around(self, mention: re.Match) -> tuple[str, str]:
+        return self.text[max(0, mention.start() - REACH) : mention.start()], self.text[mention.end() :][:REACH]
+
     def asserts(self, mention: re.Match) -> bool:
         if self.is_open:
             return False
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         said = head.rsplit(":")[-1]  # "not X, not Y: Z"
         if HEARSAY.search(said) or _denies(said):
             return False
@@ -412,24 +417,24 @@ class _Clause:
 
     def name(self, mention: re.Match, names: re.Pattern) -> bool:
         """Is the assistant's name the assistant's here, and no other thing's of that name?"""
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         if mention[0].islower() and mention[0] not in names.pattern and not FILLER.match(head):
             return bool(SELF.search(f"{self.lead} {self.text}"))  # in small letters it may be an ordinary word
         return bool(IS_ME.search(head)) or not (SOMEBODY.search(head) or ALONGSIDE.search(tail))
 
     def maker(self, mention: re.Match, _) -> bool:
         """Is the maker more than described?"""
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         return not DESCRIBED.search(tail) and (bool(SELF.search(head)) or not VISITED.search(head))
 
     def leak(self, mention: re.Match, others: re.Pattern) -> bool:
         """Does the assistant claim to be, or to be made by, the one that is mentioned?"""
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         if ABOUT_ME.search(tail):
             return True
         if THAT_IS_ME.search(self.rest) and not _denies(self.rest):
             return True
-        whole = f"{self.lead}, {head}" if self.lead else head
+        whole = f"{self.lead}, {head}"[-REACH:] if self.lead else head
         if GREETED.search(whole):
             return False
         subjects = [*SELF.finditer(whole), *others.finditer(whole), *OTHER_THINGS.finditer(whole)]
@@ -459,8 +464,9 @@ def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
             has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|[是叫由没不有跟]|来自", text, re.I)
             is_item = bool(lead) and mark.strip() in ("", ",") and ":" not in text and not own_subject and not has_verb
             supposed = bool(IF_I_WERE.search(text)) or (supposed and not BUT.search(mark))
-            clauses.append(_Clause(text, "" if own_subject else lead, sentence[end:], supposed, is_item))
-            lead = text if own_subject else f"{lead} {text}"
+            rest = sentence[end:][:REACH]
+            clauses.append(_Clause(text, "" if own_subject else lead, rest, supposed, is_item))
+            lead = (text if own_subject else f"{lead} {text}")[-REACH:]
         if turn:
             mark, start = turn[0], turn.end()
     if ends_asking:
