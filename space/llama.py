@@ -107,6 +107,7 @@ class Llama:
         self.knobs = torch.ones(rows, 3, device=device)  # temperature, top-p, repetition penalty
         self.numbers = torch.zeros(rows, 2, dtype=torch.long, device=device)  # top-k, seed
         self.seen = torch.zeros(rows, len(self.head), dtype=torch.bool, device=device)  # tokens of prompt and answer
+        self.true = torch.ones((), dtype=torch.bool, device=device)
 
     def read(self, tokens: Tensor, slots: Tensor, positions: Tensor, final: Tensor) -> Tensor:
         """Reads a part of one slot's prompt; logits after the row `final` [1]: [1, vocabulary]."""
@@ -144,7 +145,7 @@ class Llama:
         token = torch.where(temperature > 0, ids.gather(1, index[:, None])[:, 0], best)
         self.token[slots] = token
         self.position[slots] = torch.where(position < 0, -1, position + 1)
-        self.seen[slots, token] = True
+        self.seen.index_put_((slots, token), self.true)
         return token
 
     def _forward(self, tokens: Tensor, slots: Tensor, positions: Tensor, rows: int) -> Tensor:
