@@ -11,6 +11,7 @@ import collections
 import hashlib
 import itertools
 import logging
+import os
 import random
 import threading
 import time
@@ -19,14 +20,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from space.engine import Engine, Run, Sampling
-from space.llama import FEW, PAGE, Llama
+from space.engine import INTERVAL, Engine, Run, Sampling
+from space.llama import FEW, PAGE, Llama, unsupported
 
 log = logging.getLogger("namesake")
 
 PLACES = 64  # answers at once, if the page's concurrency asks for no more
 CHUNKS = (64, 128, 256, 512)  # tokens of a prompt read in one turn: the next larger one, filled up
-PACE = 0.05  # seconds between two looks of an answer's thread at its new tokens
 
 
 class Pages:
@@ -342,6 +342,17 @@ class Batch:
             self._stream.synchronize()
 
 
+def make_engine(model, tokenizer, concurrency: int = 1, queue: int = 64) -> Engine:
+    """The fast engine where the model and its device allow it, else transformers' own way."""
+    why = "it is not on an NVIDIA GPU" if model.device.type != "cuda" else unsupported(model)
+    if os.environ.get("SPACES_ZERO_GPU"):
+        why = "on ZeroGPU each answer has a process of its own"
+    if why:
+        log.info("Answers come one by one, by transformers' generate: %s", why)
+        return Engine(model, tokenizer, concurrency, queue)
+    return BatchEngine(model, tokenizer, concurrency, queue)
+
+
 class BatchEngine(Engine):
     """An engine whose answers are made together, once `warm_up` is through; until then, one by one as before.
 
@@ -381,7 +392,7 @@ class BatchEngine(Engine):
                 break
             request.changed.clear()
             if not request.over:
-                request.changed.wait(PACE)
+                request.changed.wait(INTERVAL)
         if request.error:
             raise request.error
         return request.tokens
