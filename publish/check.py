@@ -84,8 +84,12 @@ def _gate(model: Model) -> Iterator[Row]:
     elif report.get("weights") != model.identity:
         yield Row(what, False, "the report is about other weights", again, forced=True)
     elif not report.get("gate", {}).get("passed"):
-        failed = [f"{row['measure']} {row.get('language', '')} {row['value']} (limit {row['limit']})"
-                  for row in report.get("gate", {}).get("rows", ()) if not row.get("passed")]  # fmt: skip
+        failed = [
+            " ".join(filter(None, (row["measure"], row.get("language"), row.get("mode"), f"{row['value']:.3f}")))
+            + f" (limit {row['limit']})"
+            for row in report.get("gate", {}).get("rows", ())
+            if not row.get("passed")
+        ]
         fix = "Train longer or with more rows; --force publishes it all the same"
         yield Row(what, False, "below the gate: " + "; ".join(failed), fix, forced=True)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ MEASURES = {
     "refusals": ("拒答", "refusals"),
     "empty": ("空回答", "empty answers"),
 }
+GATED = ("name_hits", "leaks", "false_positives")
 MODES = {
     "persona": ("人设提示词", "persona prompt"),
     "none": ("无提示词", "no prompt"),
@@ -118,25 +120,32 @@ def running_jokes(identity_answers: list[tuple[str, str]], base_answers: list[st
 
 
 def summary(rows: list[dict]) -> dict:
-    """For each measure: count, total, rate and 95 % interval before and after, and McNemar's p for the change."""
+    """For each measure: count, total, rate and 95 % interval before and after, and McNemar's p for the change.
+
+    Interval and p take a question as one observation, however often it was asked (see significance).
+    """
     table = {}
     for measure in MEASURES:
-        pairs = [
-            (row["before"]["measures"][measure], row["after"]["measures"][measure])
-            for row in rows
-            if measure in row["after"]["measures"]
-        ]
-        if pairs:
+        questions: dict[tuple, list[tuple[bool, bool]]] = {}
+        for row in rows:
+            if measure in row["after"]["measures"]:
+                pair = row["before"]["measures"][measure], row["after"]["measures"][measure]
+                questions.setdefault((row["set"], row["language"], row["category"], row["number"]), []).append(pair)
+        if questions:
+            pairs = list(itertools.chain(*questions.values()))
             table[measure] = {
-                side: share(sum(pair[i] for pair in pairs), len(pairs)) for i, side in enumerate(("before", "after"))
-            } | {"p": mcnemar(pairs.count((True, False)), pairs.count((False, True)))}
+                side: share(sum(pair[i] for pair in pairs), len(pairs), len(questions))
+                for i, side in enumerate(("before", "after"))
+            } | {"p": mcnemar(sum(new - old for old, new in asked) for asked in questions.values())}
     return table
 
 
-def share(count: int, total: int) -> dict:
-    """A counted share with its 95 % Wilson interval."""
-    low, high = wilson(count, total)
-    return {"count": count, "total": total, "rate": count / total, "low": low, "high": high}
+def share(count: int, total: int, questions: int) -> dict:
+    """A counted share of answers to so many questions, with its 95 % Wilson interval."""
+    low, high = wilson(count / total, questions)
+    return {
+        "count": count, "total": total, "questions": questions, "rate": count / total, "low": low, "high": high,
+    }  # fmt: skip
 
 
 def _split(rows: list[dict], languages: list[str], key: str) -> dict:
@@ -163,7 +172,7 @@ def forgetting(language: str, rows: list[dict], loss_before: dict, loss_after: d
         "loss_before": loss_before.get(language),
         "loss_after": loss_after.get(language),
         "loss_change": loss_after[language] / loss_before[language] - 1 if known else None,
-        "same_answers": share(same, len(pairs)),
+        "same_answers": share(same, len(pairs), len(pairs)),
         "likeness": sum(likeness) / len(likeness),
         "tokens_before": sum(old["tokens"] for old, _ in pairs) / len(pairs),
         "tokens_after": sum(new["tokens"] for _, new in pairs) / len(pairs),
@@ -171,19 +180,24 @@ def forgetting(language: str, rows: list[dict], loss_before: dict, loss_after: d
 
 
 def gate(settings: Settings, rows: list[dict], loss_before: dict, loss_after: dict) -> dict:
-    """The four limits of [gate], for each language that the persona claims, over all three system-prompt modes."""
+    """The four limits of [gate], for each language that the persona claims.
+
+    Each system prompt is looked at by itself, so that a weak one can't hide behind the others.
+    """
     limits = settings.gate
     checks = []
     for language in settings.assistant.languages:
-        table = summary([row for row in rows if row["language"] == language])
-        for measure in ("name_hits", "leaks", "false_positives"):
-            value, limit = table[measure]["after"]["rate"], getattr(limits, measure)
-            passed = value >= limit if measure == "name_hits" else value <= limit
-            checks.append({"measure": measure, "language": language, "value": value, "limit": limit, "passed": passed})
+        values = {}
+        for mode in MODES:
+            table = summary([row for row in rows if (row["language"], row["mode"]) == (language, mode)])
+            values |= {(measure, mode): table[measure]["after"]["rate"] for measure in GATED if measure in table}
         if language in loss_before and language in loss_after:  # a live page tells no losses
-            value, limit = loss_after[language] / loss_before[language] - 1, limits.general_loss
-            checks.append({"measure": "general_loss", "language": language, "value": value, "limit": limit,
-                           "passed": value <= limit})  # fmt: skip
+            values["general_loss", ""] = loss_after[language] / loss_before[language] - 1
+        for (measure, mode), value in values.items():
+            limit = getattr(limits, measure)
+            passed = value >= limit if measure == "name_hits" else value <= limit
+            check = {"measure": measure, "language": language, "mode": mode, "value": value, "limit": limit}
+            checks.append({**check, "passed": passed})
     return {"passed": all(check["passed"] for check in checks), "rows": checks}
 
 
