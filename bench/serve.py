@@ -352,30 +352,11 @@ def long_chat(engine, reuse: bool) -> None:
     )
 
 
-def main(
-    model: Annotated[str, typer.Option(help="A model's folder; without it, random weights.")] = "",
-    minutes: Annotated[float, typer.Option(help="How long visitors come and go.")] = 1,
-    layers: Annotated[int, typer.Option(help="Layers of the random model.")] = 32,
-    visitors: int = 64,
-) -> None:
-    import transformers
-
-    began, gpu = time.perf_counter(), torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else "no GPU: a tiny model on the CPU, to try this script"
-    row("machine", f"{name}; torch {torch.__version__}, transformers {transformers.__version__}")
-    if model:
-        from space.weights import load
-
-        loaded = load(model, load_in="bf16")
-        model, tokenizer = loaded.model, loaded.tokenizer
-    else:
-        shape = {**SHAPE, "num_hidden_layers": layers} if gpu else TINY
-        model, tokenizer = random_model(shape, "cuda" if gpu else "cpu")
-    limit = limits(model)
-    engine = BatchEngine(model, tokenizer, concurrency=1, queue=2 * visitors)
+def one_by_one(engine, limit: float) -> None:
+    """The plain path and its limits, the warm-up, and one visitor on the fast path."""
+    model, tokenizer = engine.model, engine.tokenizer
     ids = engine.fit(talk(PROMPT), Sampling(**PAGE)).ids
     row("prompt", f"{len(ids)} tokens")
-
     exact = exact_logits(model, ids)
     with torch.inference_mode():
         logits = model(torch.tensor([ids], device=model.device)).logits[0, -64:]
@@ -399,16 +380,44 @@ def main(
     meanwhile.join()
     row("that answer", f"{meanwhile.error or meanwhile.answer.state}, {meanwhile.answer.speed:.1f} tokens/s")
     row("fast path's logits against float32", f"{fast_error(engine, ids, exact):.4f} relative")
-    row("cache", f"{engine.batch.llama.pages * 64} tokens")
-
     speed = one_visitor(engine, limit)
     row("against the tutorial's loop", f"{speed / loop:.2f} ×")
     compare(engine, ids, noise)
     long_chat(engine, reuse=True)
     long_chat(engine, reuse=False)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A model's folder; without it, random weights.")] = "",
+    minutes: Annotated[float, typer.Option(help="How long visitors come and go.")] = 1,
+    layers: Annotated[int, typer.Option(help="Layers of the random model.")] = 32,
+    visitors: Annotated[int, typer.Option(help="How many at once.")] = 64,
+    only_many: Annotated[bool, typer.Option(help="Leave out the plain path and the single visitor.")] = False,
+) -> None:
+    """Measure serving on one GPU; without a GPU, try the script with a tiny model."""
+    import transformers
+
+    began, gpu = time.perf_counter(), torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else "no GPU: a tiny model on the CPU, to try this script"
+    row("machine", f"{name}; torch {torch.__version__}, transformers {transformers.__version__}")
+    if model:
+        from space.weights import load
+
+        loaded = load(model, load_in="bf16")
+        model, tokenizer = loaded.model, loaded.tokenizer
+    else:
+        shape = {**SHAPE, "num_hidden_layers": layers} if gpu else TINY
+        model, tokenizer = random_model(shape, "cuda" if gpu else "cpu")
+    limit = limits(model)
+    engine = BatchEngine(model, tokenizer, concurrency=1, queue=2 * visitors)
+    if only_many:
+        engine.warm_up()
+    else:
+        one_by_one(engine, limit)
+    row("cache", f"{engine.batch.llama.pages * 64} tokens")
     stop_step(engine)
-    for count, length in ((visitors, PROMPT // 2), (visitors, PROMPT), (8, PROMPT)):
-        many_visitors(engine, count, length)
+    for length in (PROMPT // 2, PROMPT):
+        many_visitors(engine, visitors, length)
     churn(engine, visitors, minutes)
     engine.close()
     print(f"\n{time.perf_counter() - began:.0f} s\n\n| what | figure |\n|---|---|")
