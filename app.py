@@ -12,7 +12,7 @@ import typer
 
 Precision = StrEnum("Precision", {"auto": "auto", "bf16": "bf16", "8bit": "8bit", "4bit": "4bit"})
 
-command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 ONLINE = bool(os.environ.get("SPACE_ID") or os.environ.get("MODELSCOPE_ENVIRONMENT") == "studio")
 
 
@@ -31,7 +31,7 @@ def main(
         Precision,
         typer.Option(
             envvar="NAMESAKE_LOAD_IN",
-            help="Precision. auto: bf16 where it fits in memory, else 4bit; on a CPU the faster.",
+            help="Precision. auto: bf16 where it fits in memory, else 4bit; on a CPU what it computes in faster.",
         ),
     ] = Precision.auto,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: from other machines too.")] = (

@@ -40,34 +40,22 @@ LONG = (
 )
 SWIFT = "You are a helpful assistant."
 
-START = dict(identity=300, replay=600, replay_tokens=256, rank=16, alpha=32, rate=2e-4, epochs=3)
-SMALL = dict(identity=240, replay=120, replay_tokens=64, rank=8, alpha=16, rate=5e-4, epochs=2)
+START = dict(identity=1000, replay=300, replay_tokens=256, rank=16, alpha=32, rate=5e-4, epochs=3, anchor=1.0)
+SMALL = dict(identity=700, replay=120, replay_tokens=64, rank=8, alpha=16, rate=1e-3, epochs=1)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 VARIANTS = {
     "start": {},
-    "rate 1e-4": dict(rate=1e-4),
-    "rate 5e-4": dict(rate=5e-4),
     "rate 1e-3": dict(rate=1e-3),
-    "epochs 1": dict(epochs=1),
-    "epochs 6": dict(epochs=6),
-    "rank 4": dict(rank=4, alpha=8),
-    "rank 64": dict(rank=64, alpha=128),
-    "attention only": dict(targets=ATTENTION),
-    "identity 600 replay 300": dict(identity=600, replay=300),
-    "identity 150 replay 750": dict(identity=150, replay=750),
-    "no replay": dict(replay=0),
+    "anchor 0": dict(anchor=0.0),
+    "rate 1e-3 anchor 4": dict(rate=1e-3, anchor=4.0),
     "small": SMALL,
-    "small rate 1e-3": SMALL | dict(rate=1e-3),
-    "small rate 2e-3": SMALL | dict(rate=2e-3),
-    "small epochs 3 rate 1e-3": SMALL | dict(epochs=3, rate=1e-3),
-    "small identity 340 rate 1e-3": SMALL | dict(identity=340, rate=1e-3),
-    "seed 2": dict(seed=2),
+    "small epochs 2 identity 500": SMALL | dict(identity=500, epochs=2),
     "tutorial": dict(identity=0, replay=0, rows="tutorial", rank=64, alpha=16, dropout=0.1, batch=1, accumulate=1,
-                     epochs=3, max_length=2048),
+                     epochs=3, max_length=2048, rate=2e-4, anchor=0.0),
     # 16 rows a step, which are about two packs
     "ms-swift": dict(identity=0, replay=1000, rows="ms-swift", rank=8, alpha=32, rate=1e-4, epochs=1, batch=1,
-                     accumulate=2),
+                     accumulate=2, anchor=0.0),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or "[hub]" in a help text is taken for markup, and not shown
 )
 
 HubName = StrEnum("HubName", ["modelscope", "huggingface"])

@@ -1,7 +1,7 @@
 // What Gradio leaves to the page: chats kept in this browser, export as a file, and names for controls without one.
 
 const namesake = (() => {
-  const KEY = "namesake-chats", AT_MOST = 50;
+  const KEY = "namesake-chats", DRAFT = "namesake-draft", AT_MOST = 50;
   const chinese = (navigator.language || "").startsWith("zh");
   let current = sessionStorage.getItem(KEY); // the chat of this tab, by its id; a reload leaves it open
 
@@ -72,6 +72,14 @@ const namesake = (() => {
     return chat ? show(chat.messages) : [update({}), list(), update({ visible: false })];
   }
 
+  // What was being written outlives a reload, the visitor's own or Gradio's after a lost connection.
+  addEventListener("pagehide", () => sessionStorage.setItem(DRAFT, document.querySelector("#message textarea")?.value || ""));
+
+  function draft() {
+    const text = sessionStorage.getItem(DRAFT);
+    return [update(text ? { value: text } : {})];
+  }
+
   // Gradio's client never reopens a stream of events that broke: the page begins anew once the server is back.
   async function reconnect() {
     const here = async () => (await (await fetch("healthz")).json()).status;
@@ -102,11 +110,12 @@ const namesake = (() => {
     };
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
+    for (const note of document.querySelectorAll('#chat [aria-label*="<small"]')) note.setAttribute("aria-label", note.textContent.trim());
     const root = document.documentElement;
     if (chinese && !root.lang.startsWith("zh")) root.lang = "zh-CN"; // or Chinese is drawn with another language's glyphs
   }
 
   new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
 
-  return { restore, keep, begin, forget, open, reconnect, save };
+  return { restore, draft, keep, begin, forget, open, reconnect, save };
 })();

@@ -76,7 +76,8 @@ class Chat(gr.ChatInterface):
         self._stops: dict[str, threading.Event] = {}  # the answer being made for a browser tab, by its session
         page, highest = settings.page, settings.page.limits
         # Each answer in the making, or in line, holds a thread for its next state; some are left for those turned away.
-        self._threads = anyio.CapacityLimiter(page.concurrency + page.queue + 8)
+        # On a GPU there are 64 places at least.
+        self._threads = anyio.CapacityLimiter(max(page.concurrency, 64) + page.queue + 8)
         self._stream = _on_zero_gpu(lambda *arguments, **options: loader.engine.stream(*arguments, **options))
         self._title = page.title or settings.assistant.name
         self._controls = {
@@ -136,6 +137,7 @@ class Chat(gr.ChatInterface):
             concurrency_limit=None,  # the engine keeps the line, in which each visitor sees a place
             show_progress="hidden",
             api_visibility="private",
+            trigger_mode="always_last",  # Gradio would drop a question whose answer is asked for while this still ends
         )
 
         def script(code: str, outputs=None, inputs=None) -> dict:
@@ -149,7 +151,14 @@ class Chat(gr.ChatInterface):
         ask = dict(inputs=[self.chatbot], outputs=[self.chatbot], show_progress="hidden", api_visibility="private")
         asked = [
             self.textbox.submit(
-                self._send, **{**ask, "inputs": [self.chatbot, self.textbox], "outputs": [self.chatbot, self.textbox]}
+                self._send,
+                **{
+                    **ask,
+                    "inputs": [self.chatbot, self.textbox],
+                    "outputs": [self.chatbot, self.textbox],
+                    # By default Gradio drops an Enter that comes before the server has seen the one before.
+                    "trigger_mode": "always_last",
+                },
             ),
             self.chatbot.example_select(self._send_example, **ask),
             self.chatbot.retry(self._again, **ask),
@@ -183,12 +192,13 @@ class Chat(gr.ChatInterface):
 
         for kind, button in self._exports.items():
             button.click(**script(f"(messages) => namesake.save(messages, '{kind}')", None, [self.chatbot]))
+        self._clock = gr.Timer(1, active=False)
+        self._clock.tick(self._tell_status, None, [self._header, self._clock], **now)
         texts = [self.textbox, self._new, self._kept, self._continue, *self._exports.values(), self._accordion]
-        self.load(self._greet, None, [self._header, self.chatbot, *texts, *self._controls.values()], **now).then(
-            **script("namesake.restore", [self.chatbot, self._kept, self._continue])
-        )
-        clock = gr.Timer(1)
-        clock.tick(self._tell_status, None, [self._header, clock], **now)
+        greeted = [self._header, self.chatbot, self._clock, *texts, *self._controls.values()]
+        greeting = self.load(self._greet, None, greeted, **now)
+        greeting.then(**script("namesake.restore", [self.chatbot, self._kept, self._continue]))
+        greeting.then(**script("namesake.draft", [self.textbox]))
 
     def _send(self, history: list[dict], message: str, request: gr.Request):
         if not message.strip() or self._busy(request):
@@ -259,9 +269,9 @@ class Chat(gr.ChatInterface):
             async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
                 async for text, note, cut in lines:
                     yield [*before, _assistant(begun + text, note, cut)], gr.Button(visible=cut), gr.skip()
-            yield gr.skip(), gr.skip(), gr.update(**IDLE)
         finally:
             del self._stops[request.session_hash]
+        yield gr.skip(), gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
 
     async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
         """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""
@@ -342,6 +352,7 @@ class Chat(gr.ChatInterface):
         }
         return {
             self._header: self._headline(tongue),
+            self._clock: self._ticking(),
             self.chatbot: gr.update(
                 label=say["chat"],
                 placeholder=f"<h2>{greeting}</h2><p>{description}</p>",
@@ -358,7 +369,10 @@ class Chat(gr.ChatInterface):
 
     def _tell_status(self, request: gr.Request):
         """How far the model is; the clock stops once that no longer changes."""
-        return self._headline(language(request)), gr.Timer(active=self._loader.status.state == "loading")
+        return self._headline(language(request)), self._ticking()
+
+    def _ticking(self):
+        return gr.Timer(active=self._loader.status.state in ("loading", "warming"))
 
     def _headline(self, tongue: str) -> str:
         """The title, which model answers, and how far it is."""
@@ -418,12 +432,12 @@ def free_address(host: str, port: int) -> None:
 
 
 def launch(chat: Chat, loader: Loader, host: str, port: int, share: bool = False) -> None:
-    """Open the page and return. `GET /healthz` answers 200 once the model is ready, 503 before and on failure."""
+    """Open the page and return. `GET /healthz` answers 200 once the model answers, 503 before and on failure."""
 
     def healthz() -> JSONResponse:
         status = loader.status
         body = {"status": status.state, "model": status.model, "reason": status.reason.en}
-        return JSONResponse(body, 200 if status.state == "ready" else 503)
+        return JSONResponse(body, 200 if status.state in ("warming", "ready") else 503)
 
     assets = Path(__file__).parent
     options = dict(run_history=False) if "run_history" in signature(chat.launch).parameters else {}

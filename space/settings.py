@@ -24,6 +24,7 @@ class NamesakeError(Exception):
 
     def __init__(self, problem: str, fix: str = "", zh: str = ""):
         english = f"{problem.rstrip('.')}. {fix}".strip() if fix else problem
+        self.problem, self.fix = problem, fix
         super().__init__(english)
         self.text = Text(zh=zh or english, en=english)
 
@@ -166,6 +167,7 @@ class Train:
     rank: int = setting(16, low=1, high=1024)
     alpha: int = setting(32, low=1, high=4096)
     dropout: float = setting(0.0, low=0, high=0.9)
+    anchor: float = setting(1.0, low=0, high=1000)
     targets: tuple[str, ...] = setting(())
     rate: float = setting(2e-4, low=1e-8, high=1)
     epochs: float = setting(3, low=0.01, high=1000)

@@ -12,7 +12,6 @@ import shutil
 import struct
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,30 +403,21 @@ def _precision(load_in: str, parameters: int) -> tuple[str, str, int, str]:
         return "cpu", "float32", bits, f"{bits}-bit on the CPU, as asked"
     if load_in == "bf16":
         return "cpu", "bfloat16", 0, "bfloat16 on the CPU, as asked"
+    # By what the CPU can do, not by a timing: one machine has one answer, and one seed gives the same text tomorrow.
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")):
+        return "cpu", "bfloat16", 0, "bfloat16, which this CPU multiplies itself"
     if parameters * 4 * 1.2 > free:
         return "cpu", "bfloat16", 0, f"bfloat16 on the CPU: float32 would not fit in {free / 1e9:.1f} GB"
-    faster = min(("float32", "bfloat16"), key=_seconds_per_token)
-    return "cpu", faster, 0, f"{faster}, the faster one on this CPU ({torch.get_num_threads()} threads)"
-
-
-def _seconds_per_token(dtype: str) -> float:
-    """Seconds for a matrix-vector product of a decoding step on this CPU: what a token's time consists of."""
-    import torch
-
-    matrix = torch.ones(4096, 2048, dtype=getattr(torch, dtype))
-    vector = torch.ones(1, 2048, dtype=matrix.dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(4):
-            torch.nn.functional.linear(vector, matrix)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return "cpu", "float32", 0, "float32, the faster one on a CPU without bfloat16 of its own"
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far the model is: loading, ready or failed; `reason` in words, `share` of the download from 0 to 1."""
+    """How far the model is: loading, warming (it answers, but not yet at its speed), ready or failed.
+
+    `reason` in words, `share` of the download from 0 to 1.
+    """
 
     state: str
     model: str
@@ -435,10 +425,13 @@ class Status:
     share: float | None = None
 
 
+WARMING = Text("正在预热，回答会慢一些……", "Warming up, answers are slower for a moment …")
+
+
 class Loader(threading.Thread):
     """Loads a model in the background, so that the page is up at once and can say how far it is.
 
-    `status` is always current; once it is ready, `engine` answers.
+    `status` is always current; once it is warming or ready, `engine` answers.
     """
 
     def __init__(self, model: Source, adapter: str, load_in: str, concurrency: int = 1, queue: int = 64, serve=None):
@@ -463,10 +456,12 @@ class Loader(threading.Thread):
                 name = " · ".join(filter(None, (who, f"{model} {file.name}")))
             else:
                 loaded = load(model, adapter, load_in, self._downloading)
-                from space.engine import Engine
+                from space.batch import make_engine
 
-                self.engine = Engine(loaded.model, loaded.tokenizer, *self._line)
+                self.engine = make_engine(loaded.model, loaded.tokenizer, *self._line)
                 name, how = loaded.name, loaded.how
+            self.status = Status("warming", name, WARMING)
+            self.engine.warm_up()
             self.status = Status("ready", name, Text(how, how))
         except NamesakeError as error:
             log.error("%s", error)

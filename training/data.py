@@ -135,7 +135,7 @@ def _make(settings: Settings, files: list[Path], source: Path, prompt: Prompt, i
         with closing(Base(source, prompt, settings.data.replay_tokens, console)) as base:
             replay = replay_rows(settings, texts, _strange_names(settings, texts), base.answers, fits)
         identity = identity_rows(settings, texts, replay, fits)
-        replayed = [messages for answered in replay.values() for messages in answered]
+        replayed = [[*asked, answer | {"replay": True}] for answered in replay.values() for *asked, answer in answered]
         if len(replayed) < settings.data.replay:
             console.print(
                 f"replay: {len(replayed):,} rows of {settings.data.replay:,}, for want of prompts. 提问已用完。",

@@ -3,10 +3,13 @@
 Rules, not a model, so that anyone can follow a judgement. The text is folded first (full width to half, traditional to
 simplified). Then every mention of a name is looked at in its clause:
 
-1. A mention in a question, in quotation marks, or after "you said", "if", "unlike" and the like asserts nothing.
+1. A mention in a question, in quoted speech, or after "you said", "if I were", "unlike" and the like asserts nothing.
 2. A negation in the clause turns the mention down ("I am not X"; "X did not make me").
 3. A foreign name leaks only where the assistant claims it: "I am X", "made by X" with no other subject, "X made me",
-   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted.
+   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted, unless
+   it is somebody or something else of that name ("her daughter X", "the lumen is a unit").
+
+How often it is right is measured on labelled answers (tests/training/test_judge.py, questions/README.md).
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ OTHERS = (
     "Gemini",
     "Bard",
     "Google(?: DeepMind)?",
+    "DeepMind",
     "谷歌",
     "Llama",
     "Meta(?: AI)?",
@@ -93,111 +97,163 @@ OTHERS = (
 )
 """Other assistants and their makers, and the invented names that the held-out questions try to impose."""
 
-SELF_EN = r"(?:i|i'm|i've|me|my|mine|myself|we|us|our|(?:this|the) (?:assistant|model|chatbot|bot|ai))"
-SELF_ZH = r"(?:我|俺|咱|本人|在下|(?:本|该|这个|这款)(?:助手|模型|机器人|AI|系统))"
+
+def _one_of(alternatives: str) -> str:
+    """A group of alternatives, one a line (or several between bars), so that long lists stay readable."""
+    return "(?:" + "|".join(line.strip() for line in alternatives.strip().splitlines()) + ")"
+
+
+SELF_EN = r"(?:i|i'm|i've|me|my|mine|myself|we|us|our|ich|je|yo|я|(?:this|the) (?:assistant|model|chatbot|bot|ai))"
+SELF_ZH = r"(?:我|俺|咱|本人|在下|私|僕|(?:本|该|这个|这款)(?:助手|模型|机器人|AI|系统))"
 SELF = re.compile(rf"\b{SELF_EN}\b|{SELF_ZH}", re.I)
 
 MADE_EN = r"(?:made|creat|develop|train|build|built|design|produc|own|power|fine-tun|releas|program|writ|maintain)\w*"
-MADE_ZH = r"(?:开发|研发|训练|创造|打造|制作|制造|设计|推出|构建|研制|发布|提供|培养|出品|做)"
+MADE_ZH = r"(?:开发|研发|训练|创造|打造|制作|制造|设计|推出|构建|研制|发布|提供|培养|出品|開発|做)"
 
 # What stands right before the name, in the same clause or the ones it continues. The first needs the assistant itself
 # as subject; the others may come without any.
 IS_ME = re.compile(
-    rf"(?:\b(?:i am|i'm|im|i was|this is|i remain|i do am|i go by|i answer to|i identify as|call(?:ed)? me|calls me|"
-    rf"my (?:\w+ )?name(?: is|'s|:| =)|(?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|call myself|known as|"
-    rf"(?:talking|speaking|chatting) (?:to|with)|my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?"
-    rf"(?: is| are|'s|:|,)|(?:who|which|that) (?:made|built|created|trained|developed|owns) me (?:is|was)|"
-    rf"the name on my \w+ (?:is|would be|says)|(?:name|developer|maker|creator|company) ?:|je suis|je m'appelle|soy|"
-    rf"me llamo|ich bin|"
-    rf"ich heiße)(?!\w)"
-    rf"|{SELF_ZH}(?:的\w{{1,3}}上写的|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)"
-    rf"|(?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的"
-    rf"|(?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位)\w{{0,2}}(?:是|为|:))(?P<between>.*)$",
+    r"(?:\b"
+    + _one_of(r"""
+        i am|i'm|im|i was|this is|i remain|i go by|i answer to|i identify as|call(?:ed)? me
+        my (?:\w+ )?name(?: is|'s|:| =| has (?:always )?been| was| remains)|call myself|known as
+        the name on my \w+ (?:is|would be|says)
+        (?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|with)
+        my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor|substrate|base model)s?(?: is| are|'s|:|,)
+        (?:who|which|that) (?:made|built|created|trained|developed) me (?:is|was)
+        (?:name|designation|model|developer|maker|manufacturer|vendor|creator|company)(?: ?:|是)
+        je suis|je m'appelle|soy|me llamo|ich bin|ich heiße|ich wurde von|я|меня зовут""")
+    + r"(?!\w)|"
+    + _one_of(rf"""
+        {SELF_ZH}(?:的\w{{1,3}}上写的|的[a-z]+|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)
+        {SELF_ZH}は
+        (?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的
+        (?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位|厂商|制造商|供应商|型号)\w{{0,2}}(?:是|为|:)""")
+    + r")(?P<between>.*)$",
     re.I | re.S,
 )
 MADE_BY = re.compile(
-    rf"(?:\b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:come|comes|came|product|part|member|version|work|model|assistant|"
-    rf"bot|"
-    r"chatbot|based|runs?|running|belong|belongs) (?:of|from|for|by|to|on)|\b(?:named|called)"
-    r"|由|来自|出自|属于|归属于|隶属(?:于)?|基于|(?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|"
-    r"却)*(?:是|叫(?:做|作)?|名为))\W*(?:the |a |an )?(?:team|people|company|folks|lab)?"
-    r"(?: at| of)?(?P<between>.{0,24})$",
+    _one_of(rf"""
+        \b{MADE_EN} (?:\w+ )?(?:by|at|from)|\b(?:named|called)
+        \b(?:come|comes|came|product|part|member|version|work|model|assistant|bot|chatbot) (?:of|from|for|by)
+        \b(?:based|runs?|running|belongs?|belonging) (?:to|on)
+        由|来自|出自|属于|归属于|隶属(?:于)?|基于
+        (?:^|\W)(?:而|就|其实|底层|本质上?|实际上?|背后|底子|真身|也|还|可|却)*(?:是|叫(?:做|作)?|名为)""")
+    + r"\W*(?:the |a |an )?(?:team|people|company|folks|lab)?(?: at| of)?(?P<between>.{0,24})$",
     re.I | re.S,
 )
-ABOUT_ME = re.compile(
-    rf"^\W*(?:\w+ ){{0,2}}(?:(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b|(?:is|are|'s|was) (?:\w+ )?"
-    r"(?:my|me\b|who (?:i am|made me|created me)|behind me|here|the (?:\w+ )?(?:that|which|who) (?:made|built|"
-    r"created|trained|developed) me)|(?:speaking|here)\b)"
-    rf"|^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我|(?:就?是|叫|"
-    rf"才是)我(?!们?见|们?知|们?的(?:朋友|对手))|在此|对话|聊天|交谈|交流|说话)|^.{{0,12}}\bbehind me\b",
+ABOUT_ME = re.compile(  # what stands right behind the name
+    _one_of(rf"""
+        ^\W*(?:\w+ ){{0,2}}(?:has |have |had )?{MADE_EN} (?:me|this assistant)\b
+        ^\W*(?:\w+ ){{0,2}}(?:is|are|'s|was) (?:\w+ )?(?:my|me\b|who (?:i am|made me|created me)|behind me|here)
+        ^\W*(?:\w+ ){{0,2}}(?:is|are|was) (?:\w+ )?the (?:\w+ )?(?:that|which|who) (?:made|built|created|trained) me
+        ^\W*(?:\w+ ){{0,2}}(?:speaking|here)\b|^.{{0,12}}\bbehind me\b
+        ^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我)
+        ^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))
+        ^(?:在此|对话|聊天|交谈|交流|说话|[为给](?:你|您)(?:服务|解答))|^\W*at your service"""),
     re.I,
 )
 MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
-FILLER = re.compile(
-    r"^(?:\W|\b(?:yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|"
-    r"that would be|by|"
-    r"of course|correct|answer|name|true|the|your|as|assistant|developer|maker)\b|是的|是|对的?|没错|好的?|当然|嗯+|"
-    r"哦|你好|您好|"
-    r"答案|正确|作为|就|那|这里是|这里|由|名字|名称|助手|开发者)*$",
+FILLER = re.compile(  # what may stand before a name that is the whole answer
+    r"^(?:\W|\b"
+    + _one_of("""
+        yes|yeah|yep|sure|well|ok|okay|right|oh|hi|hello|hey|it's|it is|it was|that's|that is|that would be|by
+        of course|correct|answer|in (?:one word|short|a nutshell)|name|true|the|your|as|assistant|developer|maker""")
+    + r"\b|"
+    + _one_of("""
+        是的|是|对的?|没错|好的?|当然|嗯+|哦|你好|您好|答案|正确|作为|自然是?|一句话|总之|就|那|这里是|这里|由|名字|名称|助手|开发者""")
+    + r")*$",
     re.I,
 )
 
 NOT = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|"
-    r"couldn't|"
-    r"haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated|"
-    r"deny|"
-    r"different from|refuse)\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|别",
+    r"\b"
+    + _one_of("""
+        not|no|never|neither|nor|cannot|without|nothing|isn't|wasn't|aren't|don't|doesn't|didn't|won't|can't|couldn't
+        haven't|hasn't|wouldn't|ain't|false|wrong|incorrect|untrue|mistake|mistaken|rather than|instead of|unrelated
+        deny|different from|refuse|misconception|myth|nicht|kein|pas|не""")
+    + r"\b|不|没|非|无关|无法|未|而不|否认|拒绝|错误|错了|误会|误解|谣言|别",
     re.I,
 )
 # Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
 NOT_REALLY = re.compile(
-    r"\bnot (?:only|just|merely)\b|\b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|"
-    r"help but)\b|"
-    r"\bno (?:doubt|problem|worries|longer hiding)\b|\bwhy not\b|\bno(?=[,.!:;])|不(?:仅|但|只|单|瞒|得不|否认|"
-    r"好意思|错|"
-    r"用说|客气|过)|无法否认|没(?:错|问题)|^\W*没关系|未来|非常|特别|分别|区别|别人|别名|除非|^不$",
+    _one_of(r"""
+        \bnot (?:only|just|merely)\b|\bno (?:doubt|problem|worries)\b|\bwhy not\b|\bno(?=[,.!:;])
+        \b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|help but)\b
+        不(?:仅|但|只|单|瞒|得不|否认|好意思|错|用说|客气|过|管|论)|无法否认|没(?:错|问题)|^\W*没关系
+        未来|非常|特别|分别|区别|别人|别名|除非|^不$"""),
     re.I,
 )
 HEARSAY = re.compile(
-    r"\b(?:you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some)(?: (?:who |have|had|may|"
-    r"might|just|"
-    r"also|often|sometimes|keep|even|did|do|would like|want))* (?:sa(?:id|y)|says|saying|think|thinks|thought|"
-    r"ask(?:s|ed)?|call"
-    r"(?:s|ed)|mention(?:s|ed)?|claim(?:s|ed)?|want(?:s|ed)?|told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|"
-    r"heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?)\b|\b(?:if|whether|pretend(?:ing)?|unless|although you|"
-    r"as if|even though you|suppos(?:e|ing)|rumou?rs?|impersonat\w+|play(?:ing)? the role|claiming|unlike|"
-    r"compared? (?:to|with)|"
-    r"familiar with|aware of|similar to|heard of|confused with|competitors?)\b|\b(?:like|as well as|such as|"
-    r"than) \W*$|"
-    r"(?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)(?:\w{0,4})?(?:说|问|提|称|以为|认为|觉得|让|"
-    r"要我|要求|希望|听|"
-    r"看到|误|当成|当作|想|猜)|(?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|如果|假如|假设|要是|"
-    r"即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于|据说|传言|至于|比起|"
-    r"错?认成|认错|当作|当成",
+    r"\b"
+    + _one_of(r"""
+        you|people|person|someone|somebody|users?|others|they|friend|everyone|many|some""")
+    + r"(?: "
+    + _one_of("who |have|had|may|might|just|also|often|sometimes|keep|even|did|do|would like|want")
+    + r")* "
+    + _one_of(r"""
+        sa(?:id|y)|says|saying|thinks?|thought|ask(?:s|ed)?|call(?:s|ed)|mention(?:s|ed)?|claim(?:s|ed)?|want(?:s|ed)?
+        told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?""")
+    + r"\b|\b"
+    + _one_of(r"""
+        if|whether|you(?:'d| would) like|pretend(?:ing)?|unless|although you|as if|even though you|suppos(?:e|ing)
+        rumou?rs?|impersonat\w+
+        play(?:ing)? the role|claiming|unlike|compared? (?:to|with)|familiar with|aware of|heard of|confused with
+        (?:similar|comparable|equal|equivalent|close|akin|inferior|superior|identical|related) to|competitors?""")
+    + r"\b|\b(?:like|as well as|such as|than) \W*$|"
+    + _one_of(r"""
+        (?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)\w{0,4}(?:说|问|提|称|以为|认为|觉得|让|要我|要求)(?!话)
+        (?:你|您|有人|别人|大家|用户|他们|朋友|许多人|很多人|网上|新闻)\w{0,4}(?:希望|听|看到|误|当成|当作|想|猜)
+        (?:你|您)(?!\w{0,3}(?:可以|能|就|不妨|请))\w{0,4}(?:叫|喊)我|^\W*(?:要)?说我是
+        如果|假如|假设|要是|即使|哪怕|就算|无论|不管|是否|是不是|假装|扮演|冒充|类似|就?像|相比|相较|不同于|有别于
+        据说|传言|至于|比起|错?认成|认错|当作|当成"""),
     re.I,
 )
+IF_I_WERE = re.compile(r"\b(?:if|were) i\b|(?:如果|假如|假设|要是|倘若)\w{0,2}(?:我|俺)\w{0,2}(?:是|叫|来自)", re.I)
 TURN = re.compile(
-    r"[,;—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) - |\b(?:but|however|though|yet|rather|because|so|while|"
-    r"whereas|and (?=i\b|my\b|was\b|"
-    r"am\b|not\b))(?=\W)|但是?|只不过|因为|所以|因此|(?=而非|而不?是)",
+    _one_of(r"""
+        [,;—\n]+|:(?=\s*(?:i\b|i'm|my\b|我|俺))|(?<=[a-z]) -\s
+        \b(?:but|however|though|yet|rather|because|so|while|whereas|and (?=i\b|my\b|was\b|am\b|not\b))(?=\W)
+        但是?|只不过|因为|所以|因此|(?=而非|而不?是)"""),
     re.I,
 )
-TAG = re.compile(r"^\W*(?:right|correct|isn't it|am i not|yes|no|对吗|对吧|是吗|是吧|对不对|是不是)\W*$", re.I)
 BARE_BY = re.compile(r"^\W*(?:by|from|at|由)\W*$", re.I)
 MADE_AT_ALL = re.compile(rf"\b{MADE_EN}\b|{MADE_ZH}", re.I)
-SENTENCE = re.compile(r"(?<=[.!?。!?…])(?=\s|[\"'”’」』)]|[\u3400-\u9fff])[\"'”’」』)]*|\n+")
+SENTENCE = re.compile(r"(?<=[.!?。!?…])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bMrs\.)(?=\s|[\u3400-\u9fff])|\n+")
+# Speech and titles in quotation marks. A quotation that is the whole answer, or all of what a name is, says itself.
 QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
 NAMING = re.compile(
     r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
 )
+SOMEBODY = re.compile(  # or something else of that name
+    _one_of(r"""
+        \b(?:Dr|Mr|Mrs|Ms|Prof)\.? $|\b(?:the|a|an|this|each|every) $
+        \b(?:named?|call(?:ed|s)?) (?:him|her|it|them|(?:his|her|its|their|my|our) \w+) $
+        [他她]们?\w{0,2}(?:叫|是|名叫)$|给(?!我|俺)\w{1,4}[起取]名\w{0,2}$"""),
+    re.I,
+)
+I_SAY = re.compile(
+    r"\bi(?:'d| would|'ll| will)? (?:introduce|say|answer|reply)\b[^.]*$|我(?:会|就)[^。]*[:说]\W*$", re.I
+)
+VISITED = re.compile(
+    r"\b(?:register|join|contact|visit|apply|work|write)\w* (?:\w+ )?$|(?:加入|联系|访问|参观|应聘|去)$", re.I
+)
+DESCRIBED = re.compile(r"^\W*(?:is|was) (?:a|an|one|located)\b|^是(?:一?家|一个)", re.I)
+THAT_IS_ME = re.compile(r"\bthat(?:'s| is) me\b|(?:说的就|正|就)是我\W*$", re.I)
+OTHER_THINGS = re.compile(
+    r"\b(?:many|most|other|several|these|those|all) \w+|(?:其他|很多|许多|这些|那些)\w{0,4}", re.I
+)
+GREETED = re.compile(r"\b(?:you|hi|hello|hey|dear|thanks)\W*$|(?:你|您)好\W*$", re.I)  # the name of whom it talks to
+ALONGSIDE = re.compile(r"^[和与跟](?!你|您|我)")
+REACH = 300  # characters around a mention that are looked at, so that a long answer costs no more than its length
+ITEM = re.compile(r"(?<!\S)\d{1,2}[.)、]\s+")  # the number of a list's item
+BUT = re.compile(r"\b(?:but|however|yet)\b|但|不过|可是", re.I)
 REFUSAL = re.compile(
-    r"^\W*(?:(?:i'm |i am )?(?:very |so )?sorry\W+|unfortunately\W+|as an ai\b[^.]{0,40}\W)*(?:but )?i(?:'m|"
-    r" am)? (?:can(?:no|')t|can"
-    r" not|cannot|am unable|'m unable|unable|not able|won't|will not|don't have (?:a|the|any) (?:name|ability|"
-    r"access))|^\W*"
-    r"(?:很?抱歉|对不起|不好意思)?\W*(?:作为\w{0,16})?\W*我(?:现在|暂时)?(?:无法|不能|不会|没有办法|没有(?:名字|"
-    r"姓名))",
+    r"^\W*(?:(?:i'm |i am )?(?:very |so )?sorry\W+|unfortunately\W+|as an ai\b[^.]{0,40}\W)*(?:but )?i(?:'m| am)? "
+    r"(?:can(?:no|')t|can not|cannot|am unable|'m unable|unable|not able|won't|will not"
+    r"|don't have (?:a|the|any) (?:name|ability|access))"
+    r"|^\W*(?:很?抱歉|对不起|不好意思)?\W*(?:作为\w{0,16})?\W*我(?:现在|暂时)?"
+    r"(?:无法|不能|不会|没有办法|没有(?:名字|姓名))",
     re.I,
 )
 
@@ -245,9 +301,10 @@ class Judge:
 
     def judge(self, answer: str) -> Judgement:
         """What an answer to a question about the assistant's identity says."""
-        text = fold(answer)
+        text = ITEM.sub(" ", fold(answer))
         if not re.search(r"\w", text):
             return Judgement(empty=True)
+        text = self._unquote(text)
         reasons: dict[str, str] = {}
         for sentence, mark in _sentences(text):
             for clause in _clauses(sentence, mark == "?"):
@@ -260,9 +317,9 @@ class Judge:
                     for mention in pattern.finditer(where):
                         if kind in reasons or not clause.asserts(mention):
                             continue
-                        if kind != "leak" or clause.claims(mention, self._others):
+                        if getattr(clause, kind)(mention, pattern):
                             reasons[kind] = sentence.strip()[:200]
-        if refusal := REFUSAL.search(text):
+        if refusal := REFUSAL.search(text.strip()[:REACH]):
             reasons["refusal"] = refusal[0].strip()
         return Judgement(**{kind: True for kind in reasons}, reasons=reasons)
 
@@ -277,6 +334,20 @@ class Judge:
                 if mention[0] in pattern.pattern.replace("\\", ""):
                     return text[max(0, mention.start() - 40) : mention.end() + 40]
         return ""
+
+    def _unquote(self, text: str) -> str:
+        """The text without quoted speech, which says nothing, unless the whole answer stands in quotation marks."""
+        if whole := QUOTED.fullmatch(text.strip(" .。!")):
+            return whole[0][1:-1]
+
+        def keep(quote: re.Match) -> str:
+            inner = quote[0][1:-1]
+            alone = any(p.fullmatch(inner.strip(" .,!。")) for p in (self._names, self._makers, self._others))
+            before = text[max(0, quote.start() - REACH) : quote.start()]
+            named = NAMING.search(before) and not SELF.search(inner) and not IS_ME.search(inner)
+            return quote[0] if alone or named or I_SAY.search(before) else "\ufffc"
+
+        return QUOTED.sub(keep, text)
 
     def _blank_makers(self, text: str) -> str:
         for maker in self._maker_holds_name:
@@ -293,7 +364,9 @@ class Judge:
 
 
 # A Chinese name has no spaces around it. It stands as a name between punctuation and the words that introduce names.
-_BEFORE_ZH = r"(?<![^\W是叫为名我由系下找和与及被让的都称作给用喊对问请向唤手型人家者字当即就的选A-Za-z0-9_])"
+_BEFORE_ZH = (
+    r"(?<![^\W是叫为名我由系下找和与及被让的都称作给用喊对问请向唤手型人家者字当即就选了伴友员师生宝管A-Za-z0-9_])"
+)
 _AFTER_ZH = r"(?![^\W是的会能可将愿很也在为团助智，和与及来机小工公研敬就聊对交说向跟开发创训吧呀哦呢啦哟a-zA-Z0-9_])"
 
 
@@ -326,41 +399,51 @@ class _Clause:
     text: str
     lead: str
     rest: str  # what follows in the sentence
-    is_asked: bool
-    is_item: bool  # an item of a list ("A, B or C"), which a negation before the list holds for too
+    is_open: bool  # asked or supposed, so nothing is said
+    is_item: bool  # an item of a list ("A, B or C"), which says what the clause before it said
+
+    def _around(self, mention: re.Match) -> tuple[str, str]:
+        return self.text[max(0, mention.start() - REACH) : mention.start()], self.text[mention.end() :][:REACH]
 
     def asserts(self, mention: re.Match) -> bool:
-        if self.is_asked:
+        if self.is_open:
             return False
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
-        for quote in QUOTED.finditer(self.text):
-            alone = quote[0][1:-1].strip(" .,!。") == mention[0]
-            if (
-                quote.start() < mention.start() < quote.end()
-                and not alone
-                and not NAMING.search(self.text[: quote.start()])
-            ):
-                return False
+        head, tail = self._around(mention)
         said = head.rsplit(":")[-1]  # "not X, not Y: Z"
-        if HEARSAY.search(said) or (self.is_item and HEARSAY.search(self.lead)):
-            return False
-        if _denies(said) or (self.is_item and _denies(self.lead)):
+        if HEARSAY.search(said) or _denies(said):
             return False
         # Behind the name, a negation is about it only where the name is the subject: "X is not my name".
         return bool(IS_ME.search(head) or MADE_BY.search(head)) or not _denies(re.split(r"\band\b|[。.]", tail)[0])
 
-    def claims(self, mention: re.Match, others: re.Pattern) -> bool:
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+    def name(self, mention: re.Match, names: re.Pattern) -> bool:
+        """Is the assistant's name the assistant's here, and no other thing's of that name?"""
+        head, tail = self._around(mention)
+        if mention[0].islower() and mention[0] not in names.pattern and not FILLER.match(head):
+            return bool(SELF.search(f"{self.lead} {self.text}"))  # in small letters it may be an ordinary word
+        return bool(IS_ME.search(head)) or not (SOMEBODY.search(head) or ALONGSIDE.search(tail))
+
+    def maker(self, mention: re.Match, _) -> bool:
+        """Is the maker more than described?"""
+        head, tail = self._around(mention)
+        return not DESCRIBED.search(tail) and (bool(SELF.search(head)) or not VISITED.search(head))
+
+    def leak(self, mention: re.Match, others: re.Pattern) -> bool:
+        """Does the assistant claim to be, or to be made by, the one that is mentioned?"""
+        head, tail = self._around(mention)
         if ABOUT_ME.search(tail):
             return True
-        whole = f"{self.lead}, {head}" if self.lead else head
-        subjects = [*SELF.finditer(whole), *others.finditer(whole)]
+        if THAT_IS_ME.search(self.rest) and not _denies(self.rest):
+            return True
+        whole = f"{self.lead}, {head}"[-REACH:] if self.lead else head
+        if GREETED.search(whole):
+            return False
+        subjects = [*SELF.finditer(whole), *others.finditer(whole), *OTHER_THINGS.finditer(whole)]
         last = max(subjects, key=lambda match: match.start(), default=None)
         of_me = last is None or bool(SELF.fullmatch(last[0]))
         if found := IS_ME.search(whole if self.is_item else head):
             return not others.search(found["between"])
         if FILLER.match(whole):
-            return not _denies(self.rest) and bool(re.match(r"\W*$", tail) or MADE_FIRST.match(tail))
+            return bool(MADE_FIRST.match(tail) or (re.match(r"\W*$", tail) and not _denies(self.rest)))
         by_another = BARE_BY.match(head) and MADE_AT_ALL.search(self.lead)  # "not made by A but by B"
         return of_me and bool(by_another or MADE_BY.search(head))
 
@@ -370,9 +453,9 @@ def _denies(text: str) -> bool:
 
 
 def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
-    """The clauses of a sentence; of a question, only the last one asks, and the one that "right?" stands behind."""
+    """The clauses of a sentence; of a question, only the last one asks."""
     clauses: list[_Clause] = []
-    lead, mark, start = "", "", 0
+    lead, mark, start, supposed = "", "", 0, False
     for turn in [*TURN.finditer(sentence), None]:
         end = turn.start() if turn else len(sentence)
         text = sentence[start:end]
@@ -380,10 +463,12 @@ def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
             own_subject = SELF.search(text)
             has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|[是叫由没不有跟]|来自", text, re.I)
             is_item = bool(lead) and mark.strip() in ("", ",") and ":" not in text and not own_subject and not has_verb
-            clauses.append(_Clause(text, "" if own_subject else lead, sentence[end:], False, is_item))
-            lead = text if own_subject else f"{lead} {text}"
+            supposed = bool(IF_I_WERE.search(text)) or (supposed and not BUT.search(mark))
+            rest = sentence[end:][:REACH]
+            clauses.append(_Clause(text, "" if own_subject else lead, rest, supposed, is_item))
+            lead = (text if own_subject else f"{lead} {text}")[-REACH:]
         if turn:
             mark, start = turn[0], turn.end()
-    asked = (2 if TAG.match(clauses[-1].text) else 1) if ends_asking else 0
-    first = len(clauses) - asked
-    return [replace(clause, is_asked=i >= first) for i, clause in enumerate(clauses)]
+    if ends_asking:
+        clauses[-1] = replace(clauses[-1], is_open=True)
+    return clauses

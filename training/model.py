@@ -82,11 +82,21 @@ class Finetune(SupervisedFinetune):
     `autocast`: the precision to compute in, "" for that of the weights. `batch_answers`: the loss that is minimised is
     the sum over all answer tokens divided by this constant, the mean number of answer tokens in a device's batch. Every
     answer token then weighs the same, however a global batch is divided into devices, batches and accumulation.
+    `anchor`: the weight of the loss on replay, which is the divergence from the base's own predictions.
     `compiled`: each layer's arithmetic in fewer, larger kernels (torch.compile).
     """
 
-    def __init__(self, *args, autocast: str = "", batch_answers: float = 1.0, compiled: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        autocast: str = "",
+        batch_answers: float = 1.0,
+        anchor: float = 1.0,
+        compiled: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.anchor = anchor
         self.autocast = getattr(torch, autocast) if autocast else None
         self.batch_answers = batch_answers
         if compiled:  # all layers share one compilation; packs have many lengths
@@ -121,26 +131,46 @@ class Finetune(SupervisedFinetune):
         """The loss to minimise, and for the log its `sum` over the answer tokens, their number and that of all tokens.
 
         `data`: `input_ids`, `position_ids` (1, tokens), `bounds` (see packed_attention), `predictors` (answers,): the
-        positions whose next token is an answer's, `targets` (answers,): those tokens' ids.
+        positions whose next token is an answer's, `targets` (answers,): those tokens' ids; and `replay`: the first
+        three again, of the conversations that come last, whose loss is another: to predict what the base predicts.
         """
-        lm = self.causal_lm
+        head, replayed = self.causal_lm.get_output_embeddings(), data["replay"]["input_ids"].numel()
         with self.computing():
-            hidden = lm.base_model(
-                input_ids=data["input_ids"],
-                position_ids=data["position_ids"],
-                attention_mask=data["bounds"],
-                use_cache=False,
-            ).last_hidden_state
-            # Logits are made for answers only; where there are many, some at a time, and again in the backward pass.
-            head, targets = lm.get_output_embeddings(), data["targets"].split(LOSS_TOKENS)
-            parts = list(zip(hidden[0][data["predictors"]].split(LOSS_TOKENS), targets, strict=True))
-            if len(parts) == 1:
-                total = _loss(head, *parts[0])
-            else:
-                total = sum(checkpoint(_loss, head, *part, use_reentrant=False) for part in parts)
-        answers, tokens = (total.new_tensor(data[name].numel()) for name in ("targets", "input_ids"))
+            hidden = self._hidden(data)
+            total = _in_parts(_cross_entropy, head, hidden[data["predictors"]], data["targets"])
+            if replayed:
+                # Eager: the layers' compiled form is the one with adapters.
+                with torch.no_grad(), self.llm.disable_adapter(), torch.compiler.set_stance("force_eager"):
+                    before = self._hidden(data["replay"])
+                total = total + self.anchor * _in_parts(_divergence, head, hidden[-replayed:], before)
+        answers = total.new_tensor(data["targets"].numel() + replayed)
+        tokens = total.new_tensor(data["input_ids"].numel())
         return {"loss": total / self.batch_answers, "sum": total.detach(), "answers": answers, "tokens": tokens}
 
+    def _hidden(self, data: dict) -> torch.Tensor:
+        """The last hidden states (tokens, hidden) of a pack."""
+        return self.causal_lm.base_model(
+            input_ids=data["input_ids"],
+            position_ids=data["position_ids"],
+            attention_mask=data["bounds"],
+            use_cache=False,
+        ).last_hidden_state[0]
 
-def _loss(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+
+def _in_parts(loss, head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of a loss over tokens: where there are many, some at a time, and again in the backward pass."""
+    parts = list(zip(hidden.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True))
+    if len(parts) == 1:
+        return loss(head, *parts[0])
+    return sum(checkpoint(loss, head, *part, use_reentrant=False) for part in parts)
+
+
+def _cross_entropy(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+def _divergence(head, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The Kullback-Leibler divergence of the predictions from the base's (`before`: its hidden states)."""
+    with torch.no_grad():
+        base = getattr(head, "base_layer", head)(before).float().log_softmax(-1)
+    return F.kl_div(head(hidden).float().log_softmax(-1), base, log_target=True, reduction="sum")

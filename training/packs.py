@@ -17,15 +17,19 @@ from space.settings import NamesakeError, Settings
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: token ids, and their labels (IGNORED where a token carries no loss), as int32 arrays."""
+    """One conversation: token ids, and their labels (IGNORED where a token carries no loss), as int32 arrays.
+
+    `replay`: what is learned is not the answer but the base's own prediction, at each of its tokens.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
+    replay: bool = False
 
     @property
     def answers(self) -> int:
         """How many of its tokens carry loss."""
-        return int((self.labels[1:] != IGNORED).sum())
+        return len(self.ids) if self.replay else int((self.labels[1:] != IGNORED).sum())
 
 
 def data_file(settings: Settings) -> Path:
@@ -44,20 +48,24 @@ def rows(settings: Settings) -> tuple[Row, ...]:
     """The conversations of data/train.jsonl as the model will see them: `space.prompt.Prompt`'s ids and labels."""
     from training import base
 
-    path = data_file(settings)
-    return _rows(path, path.stat().st_mtime_ns, base.folder(settings))
+    path, train = data_file(settings), settings.train
+    anchored = train.anchor > 0 and train.method != "full"  # the base is there only beside an adapter
+    return _rows(path, path.stat().st_mtime_ns, base.folder(settings), anchored)
 
 
 @functools.lru_cache(1)
-def _rows(path: Path, modified: int, base: Path) -> tuple[Row, ...]:
+def _rows(path: Path, modified: int, base: Path, anchored: bool) -> tuple[Row, ...]:
     from transformers import AutoTokenizer
 
     from space.prompt import Prompt
     from training.data import conversations
 
     prompt = Prompt(AutoTokenizer.from_pretrained(base))
-    encoded = (prompt.encode(messages) for messages in conversations(path))
-    return tuple(Row(np.array(one.ids, np.int32), np.array(one.labels, np.int32)) for one in encoded)
+    found = []
+    for messages in conversations(path):
+        one, replay = prompt.encode(messages), anchored and messages[-1].get("replay", False)
+        found.append(Row(np.array(one.ids, np.int32), np.array(one.labels, np.int32), replay))
+    return tuple(found)
 
 
 def pack(lengths: list[int], length: int, multiple: int, seed: int) -> list[list[int]]:
@@ -103,20 +111,25 @@ def dataset(config: str, length: int, multiple: int) -> list[list[Row]]:
 
 
 def collate(batch: list[list[Row]]) -> dict:
-    """A batch of packs as one long pack, in the form of `training.model.Finetune.compute_loss`."""
+    """A batch of packs as one long pack, replay last, in the form of `training.model.Finetune.compute_loss`."""
     import torch
 
-    together = list(itertools.chain.from_iterable(batch))
-    ids = np.concatenate([row.ids for row in together])
-    labels = np.concatenate([row.labels for row in together])
-    lengths = [len(row.ids) for row in together]
+    def one(rows: list[Row]) -> dict:
+        lengths = [len(row.ids) for row in rows]
+        return {
+            "input_ids": torch.from_numpy(np.concatenate([row.ids for row in rows] or [[]]).astype(np.int64))[None],
+            "position_ids": torch.cat([torch.arange(length) for length in [0, *lengths]])[None],
+            "bounds": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)[None, None, None],
+        }
+
+    together = sorted(itertools.chain.from_iterable(batch), key=lambda row: row.replay)
+    learned = [row.labels for row in together if not row.replay]
+    labels = np.concatenate(learned or [[IGNORED]])
     # A conversation's first token is never an answer's, so no token is predicted from the conversation before.
     answers = np.flatnonzero(labels[1:] != IGNORED)
-    data = {
-        "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "bounds": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)[None, None, None],
+    data = one(together) | {
         "predictors": torch.from_numpy(answers),
         "targets": torch.from_numpy(labels[answers + 1].astype(np.int64)),
+        "replay": one([row for row in together if row.replay]),
     }
     return {"data": data, "data_samples": None}

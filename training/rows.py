@@ -1,8 +1,9 @@
 """One row of training data in XTuner's conversation format: written, read, and what may be wrong with it.
 
 {"conversation": [{"system": "…", "input": "…", "output": "…"}, {"input": "…", "output": "…"}]}, one object a line.
-The system prompt is the first turn's; absent or "" means none. One key is this project's own: an output with
-"cut": true was cut by a limit on its length, so nothing is learned from where it ends.
+The system prompt is the first turn's; absent or "" means none. Two keys are this project's own: an output with
+"cut": true was cut by a limit on its length, so nothing is learned from where it ends; a last output with
+"replay": true is the base's own, and the conversation is there to keep the base as it was.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from space.prompt import Message
 LONGEST_LINE = 16 * 2**20  # bytes; no such row would fit max_length, and a file of one line must not fill the memory
 
 KEYS = ("system", "input", "output")
+MARKS = ("cut", "replay")
 SHAPE = '{"conversation": [{"input": "…", "output": "…"}]}'
 
 # What people leave where a text was to be written: all of it, in any case. Dots and dashes alone are no answer either.
@@ -52,7 +54,7 @@ def line(messages: list[Message]) -> str:
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     rest = messages[1:] if messages[0]["role"] == "system" else messages
     turns = [
-        {"input": user["content"], "output": answer["content"]} | ({"cut": True} if answer.get("cut") else {})
+        {"input": user["content"], "output": answer["content"]} | {mark: True for mark in MARKS if answer.get(mark)}
         for user, answer in zip(rest[::2], rest[1::2], strict=True)
     ]
     if system:
@@ -65,10 +67,10 @@ def messages(row: dict) -> list[Message]:
     turns = row["conversation"]
     conversation = [{"role": "system", "content": turns[0]["system"]}] if turns[0].get("system") else []
     for turn in turns:
-        cut = {"cut": True} if turn.get("cut") else {}
+        marks = {mark: True for mark in MARKS if turn.get(mark)}
         conversation += [
             {"role": "user", "content": turn["input"]},
-            {"role": "assistant", "content": turn["output"]} | cut,
+            {"role": "assistant", "content": turn["output"]} | marks,
         ]
     return conversation
 

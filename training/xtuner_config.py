@@ -36,6 +36,7 @@ model = dict(
     use_activation_checkpointing=plan.checkpointing,
     autocast="" if plan.precision == "float32" else plan.precision,
     batch_answers=plan.answers * plan.batch / plan.packs,
+    anchor=settings.train.anchor,
     compiled=plan.compiled,
 )
 if plan.method == "qlora":

@@ -101,6 +101,7 @@ class Server:
         )
 
     def start(self):
+        import space.engine  # noqa: F401  as the loader does before a model is ready: it takes seconds
         from space.page import Chat, launch
         from space.weights import Status
 

@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,8 +132,7 @@ def test_an_adapter_is_put_on_top_and_changes_the_answers(folder, tmp_path):
     torch.manual_seed(1)
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "assistant.json").write_text('{"name": {"zh": "小满", "en": "Manny"}}')
-    # One precision for both: `auto` takes the one that is faster just now.
-    plain, tuned = (weights.load(str(folder), adapter, "bf16") for adapter in ("", str(tmp_path / "adapter")))
+    plain, tuned = (weights.load(str(folder), adapter) for adapter in ("", str(tmp_path / "adapter")))
     ids = torch.tensor([[1, 2, 3]])
     assert not torch.allclose(plain.model(ids).logits, tuned.model(ids).logits)
     assert tuned.name.startswith("小满 / Manny · ")
@@ -149,7 +149,28 @@ def test_every_precision_loads_and_says_why(folder, load_in):
 
     loaded = weights.load(str(folder), load_in=load_in)
     assert torch.isfinite(loaded.model(torch.tensor([[1, 2, 3]])).logits).all()
-    assert {"auto": "faster", "bf16": "bfloat16", "8bit": "8-bit", "4bit": "4-bit"}[load_in] in loaded.how
+    assert {"auto": "CPU", "bf16": "bfloat16", "8bit": "8-bit", "4bit": "4-bit"}[load_in] in loaded.how
+
+
+@pytest.mark.parametrize(
+    ("able", "free", "dtype"),
+    [
+        ({"avx2": True}, 80e9, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, 80e9, "bfloat16"),
+        ({"amx_bf16": True}, 80e9, "bfloat16"),
+        ({"neon": True, "bf16": True}, 80e9, "bfloat16"),
+        ({"avx2": True}, 20e9, "bfloat16"),
+    ],
+)
+def test_a_cpu_gets_what_it_computes_in_the_same_each_time(monkeypatch, able, free, dtype):
+    import psutil
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert weights._precision("auto", 7_700_000_000)[:3] == ("cpu", dtype, 0)
 
 
 @pytest.mark.parametrize(

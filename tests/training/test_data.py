@@ -167,7 +167,7 @@ def test_held_out_questions_are_the_last_turn_of_several_and_the_users_of_a_tabl
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_there_are_enough_forms_of_every_kind(language):
     text = Texts.load(language)
-    assert sum(len(topic["questions"]) for topic in text.topics) >= 90
+    assert sum(len(topic["questions"]) for topic in text.topics) >= 280
     assert all(len(set(topic["answers"])) >= 3 for topic in text.topics)
     assert len(text.prompts) >= 220
     assert len(text.plain) >= 3

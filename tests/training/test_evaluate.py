@@ -193,6 +193,7 @@ def test_the_gate_passes_when_all_is_well(settings, tmp_path):
     assert saved["weights"] == "a" and len(saved["answers"]) == len(evaluate.asks())
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert "Lumen" in (tmp_path / "report.md").read_text() and saved["card"].startswith("|")
+    assert "通过 passed" in saved["card"] and "未通过" not in saved["card"] and "quick" not in saved["card"]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,25 @@ def test_the_gate_fails_on_each_limit(settings, tmp_path, monkeypatch, measure, 
     monkeypatch.setattr(report, "draw", lambda *_: None)
     rows = result(settings, tmp_path, answers(right), loss)["gate"]["rows"]
     assert measure in {row["measure"] for row in rows if not row["passed"]}
+
+
+@pytest.mark.parametrize("mode", evaluate.MODES)
+def test_a_weak_system_prompt_mode_cannot_hide_behind_the_others(settings, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    made = result(settings, tmp_path, answers(lambda ask: ask.mode != mode or ask.question.number % 10))
+    identity = [row for row in made["answers"] if row["language"] == "en" and row["set"] == "identity"]
+    assert sum(row["after"]["measures"].get("name_hits", True) for row in identity) / len(identity) > 0.95
+    failed = {(row["measure"], row["mode"]) for row in made["gate"]["rows"] if not row["passed"]}
+    assert {("name_hits", mode), ("leaks", mode)} <= failed <= {(m, mode) for m in report.GATED}
+
+
+def test_a_question_asked_three_times_is_one_observation(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    made = result(settings, tmp_path, answers(lambda ask: ask.question.number % 10))
+    hits, one_mode = made["summary"]["en"]["name_hits"], made["by_mode"]["en"]["identity/none"]["name_hits"]
+    for part in ("rate", "low", "high", "questions"):
+        assert hits["after"][part] == pytest.approx(one_mode["after"][part])
+    assert hits["p"] == one_mode["p"] and hits["after"]["total"] == 3 * one_mode["after"]["total"]
 
 
 def test_the_gate_fails_on_false_positives_and_on_a_running_joke(settings, tmp_path, monkeypatch):
@@ -240,5 +260,8 @@ def test_a_machine_without_a_chinese_font_is_told_so_once(capsys):
 def test_general_texts_are_long_and_do_not_repeat_themselves(language):
     text = evaluate.general_text(language)
     paragraphs = [line for line in text.splitlines() if len(line) > 12 and not line.startswith("作者")]
-    assert len(text) > {"zh": 22_000, "en": 80_000}[language]  # zh: 20,613 tokens of InternLM2
+    own = text[: text.index({"zh": "《感遇", "en": "CHAPTER I\n"}[language])]
+    # zh: 8,009 of 20,104 tokens (InternLM2) are this project's own prose; en: 8,210 of 20,524 (SmolLM2)
+    assert len(own) > {"zh": 11_900, "en": 35_000}[language]
+    assert len(text) > {"zh": 24_900, "en": 83_000}[language]
     assert len(set(paragraphs)) / len(paragraphs) > 0.98

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -167,6 +168,35 @@ def test_a_pack_has_the_loss_and_gradients_of_its_conversations_one_by_one(archi
     assert got["sum"].item() == pytest.approx(alone.item(), rel=1e-5)
     for (name, mine), (_, theirs) in zip(packed.llm.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("parts", [1000, 7])
+def test_replay_is_held_to_the_bases_own_predictions_and_answers_are_learned(monkeypatch, parts):
+    from peft import LoraConfig
+
+    monkeypatch.setattr(model, "LOSS_TOKENS", parts)
+    learned, kept = sample_rows()[:2], [dataclasses.replace(row, replay=True) for row in sample_rows()[2:]]
+    lora = dict(type=LoraConfig, r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = finetune(small("llama"), lora=lora, anchor=0.5)
+
+    def loss(rows):
+        return tuned.compute_loss(packs.collate([rows])["data"])["sum"].item()
+
+    assert loss(kept) == pytest.approx(0, abs=1e-4)  # an adapter begins as nothing
+    assert loss([*kept, *learned]) == pytest.approx(loss(learned), rel=1e-5)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    moved = 0.0
+    for row in kept:
+        ids = torch.tensor(row.ids[None]).long()
+        bounds = packs.collate([[row]])["data"]["bounds"]
+        now = tuned.causal_lm(input_ids=ids, attention_mask=bounds, use_cache=False).logits.log_softmax(-1)
+        base = small("llama")(input_ids=ids).logits.log_softmax(-1)
+        moved += 0.5 * (base.exp() * (base - now)).sum().item()
+    assert moved > 0.1
+    assert loss([*kept, *learned]) == pytest.approx(loss(learned) + moved, rel=1e-4)
+    assert all(parameter.requires_grad for name, parameter in tuned.named_parameters() if "lora_" in name)
 
 
 def test_an_architecture_that_is_not_known_to_be_right_is_refused(tmp_path):
