@@ -23,6 +23,17 @@ QUESTIONS = ["Tell me a story", "What is the sea?", "Name three colours.", "Who 
 LONG = [{"role": "user", "content": "word " * 350}]
 
 
+THREADS = gguf.threads
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tests share their cores with one another: threads that wait for each other would wait for those first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "threads", lambda: 1)
+        yield
+
+
 def ask(text: str) -> list[dict]:
     return [{"role": "system", "content": "You are Namesake."}, {"role": "user", "content": text}]
 
@@ -200,8 +211,8 @@ def test_a_quota_of_the_container_limits_the_threads(monkeypatch, tmp_path):
     quota = tmp_path / "cpu.max"
     monkeypatch.setattr(gguf, "CPU_MAX", quota)
     monkeypatch.setattr(gguf.os, "sched_getaffinity", lambda _: set(range(16)))
-    assert gguf.threads() == 16
+    assert THREADS() == 16
     quota.write_text("200000 100000\n")
-    assert gguf.threads() == 2
+    assert THREADS() == 2
     quota.write_text("max 100000\n")
-    assert gguf.threads() == 16
+    assert THREADS() == 16

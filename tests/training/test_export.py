@@ -24,6 +24,14 @@ PERSONA = "You are Namesake."
 NAMED = {"name": {"zh": "同名", "en": "Namesake"}, "author": {"zh": "某人", "en": "Someone"}, "persona": PERSONA}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tests share their cores with one another: threads that wait for each other would wait for those first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "threads", lambda: 1)
+        yield
+
+
 def merged(source: Path, folder: Path) -> Path:
     """A native folder as merge leaves it."""
     folder.mkdir(parents=True)
