@@ -58,7 +58,8 @@ def internlm2(folder: Path) -> Path:
 
 def llama_of_the_embedded_kind(folder: Path) -> Path:
     model = small_models.llama(folder / "llama", tie_word_embeddings=True)
-    return strong(model, folder / "llama")
+    AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(folder / "strong")
+    return strong(model, folder / "strong")
 
 
 def qwen2(folder: Path) -> Path:
