@@ -1,9 +1,9 @@
 """Training and merging beside XTuner's stock way, on one GPU, in one run: InternLM2.5-7B's shape with random weights.
 
-    .venv-training/bin/python bench/train.py WORK TOKENIZER [--steps N]
+    .venv-training/bin/python bench/train.py WORK TOKENIZER [--iterations N] [--epochs E]
 
-TOKENIZER: a folder with InternLM2's tokenizer.json (tests/fetch_tokenizers.py brings one). Needs 60 GB of disk. The data is
-of the tutorial's size: 1,500 rows, each with one system prompt of 528 characters. Stock is XTuner's own
+TOKENIZER: a folder with InternLM2's tokenizer.json (tests/fetch_tokenizers.py brings one). Needs 60 GB of disk. The
+data is of the tutorial's size: 1,500 rows, each with one system prompt of 528 characters. Stock is XTuner's own
 internlm2_5_chat_7b_qlora_alpaca_e3 with model and data put in, as the tutorial does, and without its chat hook, which
 would only make it slower; of its 3 epochs some iterations are run, and the rest is reckoned from their median.
 """
@@ -149,9 +149,16 @@ def ours(work: Path, base: Path, rows: Path, options: str, name: str) -> dict:
     plan = json.loads((folder / "work/assistant/checkpoints/plan.json").read_text())["plan"]
     speed = statistics.median(line["tokens"] / line["seconds"] for line in metrics[3:])
     stepping = sum(line["seconds"] for line in metrics)
-    return dict(start=train - stepping, iteration=2048 / speed, speed=speed, memory=max(m["memory"] for m in metrics) / 1e9,
-                convert=convert, merge=merge, first=metrics[0]["seconds"], reasons=plan["reasons"], tokens=plan["tokens"],
-                steps=len(metrics), train=train)  # fmt: skip
+    return dict(
+        start=train - stepping,
+        iteration=2048 / speed,
+        speed=speed,
+        memory=max(line["memory"] for line in metrics) / 1e9,
+        convert=convert,
+        merge=merge,
+        tokens=plan["tokens"],
+        reasons=plan["reasons"],
+    )
 
 
 def main(
