@@ -5,7 +5,11 @@ const namesake = (() => {
   const chinese = (navigator.language || "").startsWith("zh");
   let current = sessionStorage.getItem(KEY); // the chat of this tab, by its id; a reload leaves it open
 
-  const isChat = (chat) => chat && chat.id && Array.isArray(chat.messages) && chat.messages.length;
+  let chosen = null; // the kept chat that was clicked last
+
+  const isContent = (content) => typeof content === "string" || (Array.isArray(content) && content.length);
+  const isMessage = (message) => ["user", "assistant"].includes(message?.role) && isContent(message.content);
+  const isChat = (chat) => chat?.id && Array.isArray(chat.messages) && chat.messages.length && chat.messages.every(isMessage);
   const update = (values) => ({ __type__: "update", ...values });
   const part = ({ content }) => (typeof content === "string" ? content : ((p) => (typeof p === "string" ? p : p?.text))(content?.[0]));
   const plain = (message) => (part(message) || "").replaceAll("<\u2060", "<");
@@ -25,6 +29,14 @@ const namesake = (() => {
       } catch (error) {
         if (!kept.length) return console.warn("Chats cannot be kept in this browser:", error);
       }
+    }
+  }
+
+  function remember(key, text) {
+    try {
+      sessionStorage.setItem(key, text);
+    } catch (error) {
+      console.warn("Nothing can be kept in this browser:", error);
     }
   }
 
@@ -49,7 +61,7 @@ const namesake = (() => {
 
   function enter(id) {
     current = id;
-    sessionStorage.setItem(KEY, id);
+    remember(KEY, id);
   }
 
   function begin() {
@@ -62,8 +74,13 @@ const namesake = (() => {
     return begin();
   }
 
-  function open(id) {
-    enter(id);
+  function choose(id) {
+    chosen = id;
+    return [];
+  }
+
+  function open() {
+    enter(chosen);
     return restore();
   }
 
@@ -73,7 +90,7 @@ const namesake = (() => {
   }
 
   // What was being written outlives a reload, the visitor's own or Gradio's after a lost connection.
-  addEventListener("pagehide", () => sessionStorage.setItem(DRAFT, document.querySelector("#message textarea")?.value || ""));
+  addEventListener("pagehide", () => remember(DRAFT, document.querySelector("#message textarea")?.value || ""));
 
   function draft() {
     const text = sessionStorage.getItem(DRAFT);
@@ -117,5 +134,5 @@ const namesake = (() => {
 
   new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
 
-  return { restore, draft, keep, begin, forget, open, reconnect, save };
+  return { restore, draft, keep, begin, forget, choose, open, reconnect, save };
 })();

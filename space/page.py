@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 
 from space.settings import NamesakeError, Settings, Text
 from space.weights import Loader, Source
-from space.words import BROKEN, STILL, WORDS, describe, language
+from space.words import BROKEN, EMPTY, STILL, WORDS, describe, language
 
 log = logging.getLogger("namesake")
 
@@ -37,12 +37,23 @@ THEME = gr.themes.Soft(
 BUSY, IDLE = dict(submit_btn=False, stop_btn=True), dict(submit_btn=True, stop_btn=False)  # the text box
 NOTHING = (gr.skip(), gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
 
+# What a model writes can load nothing from elsewhere: a picture's address could carry the chat to a stranger.
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "frame-src 'none'; object-src 'none'; form-action 'self'\">"
+)
+
 JOINER = "\u2060"  # zero width, set behind each "<" that a visitor writes: the browser shows it and makes no HTML of it
+
+
+def whole(text: str) -> str:
+    """The text with "?" for half a character, which JSON can carry into the server, and nothing out of it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def shown(text: str) -> str:
     """A visitor's text so that the page shows it as it was written."""
-    return text.replace("<", "<" + JOINER)
+    return whole(text).replace("<", "<" + JOINER)
 
 
 def written(text: str) -> str:
@@ -51,16 +62,19 @@ def written(text: str) -> str:
 
 
 def conversation(history: list[dict]) -> list[dict]:
-    """The page's or the API's history as plain messages: without the notes under the answers."""
+    """The page's or the API's history as plain messages: without the notes under the answers.
+
+    A browser may send anything: what is no question and no answer is left out.
+    """
     messages = []
-    for message in history:
-        content = message["content"]
-        if not isinstance(content, str):
-            parts = [part if isinstance(part, str) else part.get("text") or "" for part in content or ()]
-            content = parts[0] if parts else ""
-        if message["role"] == "user":
-            content = written(content)
-        messages.append({"role": message["role"], "content": content})
+    for message in history if isinstance(history, list) else []:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else ("", "")
+        if isinstance(content, list):
+            content = content[0] if content else ""
+        if isinstance(content, dict):
+            content = content.get("text")
+        if role in ("user", "assistant") and isinstance(content, str):
+            messages.append({"role": role, "content": whole(written(content) if role == "user" else content)})
     return messages
 
 
@@ -167,6 +181,8 @@ class Chat(gr.ChatInterface):
         answers.append(self._continue.click(self._resume, **answer))
         self.textbox.stop(self._stop, **now)
         undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **now)
+        # Before the answer in the making is left, at whose end the list is drawn anew, with that chat as the chosen one.
+        self._kept.input(**script("namesake.choose", None, [self._kept]))
         left = {
             "namesake.forget": self.chatbot.clear(self._leave, **now),
             "namesake.begin": self._new.click(self._leave, **now),
@@ -175,7 +191,7 @@ class Chat(gr.ChatInterface):
         for event in (*asked, *answers, undone):
             event.success(**keep)
         for code, event in left.items():
-            event.then(**script(code, [self.chatbot, self._kept, self._continue], [self._kept]))
+            event.then(**script(code, [self.chatbot, self._kept, self._continue]))
         for event in answers:  # a lost connection ends an event without its `then`
             for code in (idle, keep, script("namesake.reconnect")):
                 event.failure(**code)
@@ -200,7 +216,7 @@ class Chat(gr.ChatInterface):
         greeting.then(**script("namesake.draft", [self.textbox]))
 
     def _send(self, history: list[dict], message: str, request: gr.Request):
-        if not message.strip() or self._busy(request):
+        if not (message or "").strip() or self._busy(request):
             return gr.skip(), gr.skip()
         return [*history, _user(message)], ""
 
@@ -214,7 +230,10 @@ class Chat(gr.ChatInterface):
         if self._busy(request):
             return gr.skip()
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-        return [*history[:index], _user(written(event.value))]
+        text = written(event.value)
+        if not text.strip():  # the page shows again what was there
+            return [*history[:index], _user(written(event.previous_value)), *history[index + 1 :]]
+        return [*history[:index], _user(text)]
 
     async def _undo(self, history: list[dict], request: gr.Request):
         await self._leave(request)
@@ -242,16 +261,17 @@ class Chat(gr.ChatInterface):
 
     async def _answer(self, request: gr.Request, history: list[dict], *controls):
         """Answers the last question of the transcript, which it yields with the answer so far."""
-        if history and history[-1]["role"] == "user":
-            async for shown in self._transcripts(request, history, "", conversation(history), controls):
+        messages = conversation(history)
+        if messages and messages[-1]["role"] == "user":
+            async for shown in self._transcripts(request, history, "", messages, controls):
                 yield shown
         else:
             yield NOTHING
 
     async def _resume(self, request: gr.Request, history: list[dict], *controls):
         """Goes on with the last answer of the transcript."""
-        if history and history[-1]["role"] == "assistant":
-            messages = conversation(history)
+        messages = conversation(history)
+        if messages and messages[-1]["role"] == "assistant":
             async for shown in self._transcripts(request, history[:-1], messages[-1]["content"], messages, controls):
                 yield shown
         else:
@@ -303,7 +323,9 @@ class Chat(gr.ChatInterface):
         request: gr.Request = None,
     ):
         """Answer a message. Streams the text so far; the last value is the whole answer. The session is remembered."""
-        history = [*(history or []), {"role": "user", "content": message}]
+        if not isinstance(message, str) or not message.strip():
+            raise gr.Error(EMPTY.pick(language(request)), print_exception=False)
+        history = [*(history or []), {"role": "user", "content": whole(message)}]
         controls = (system_prompt, max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         try:
             async with aclosing(self._states(history, controls, threading.Event())) as states:
@@ -451,7 +473,8 @@ def launch(chat: Chat, loader: Loader, host: str, port: int, share: bool = False
         footer_links=["api", "settings"],
         theme=THEME,
         css=(assets / "page.css").read_text(encoding="utf-8"),
-        head=f"<script>{(assets / 'page.js').read_text(encoding='utf-8')}</script>",
+        head=f"{POLICY}<script>{(assets / 'page.js').read_text(encoding='utf-8')}</script>",
+        max_file_size=1,  # byte: nothing is uploaded here
         **options,
     )
 
