@@ -54,9 +54,7 @@ const namesake = (() => {
   }
 
   function show(messages) {
-    const last = messages.at(-1)?.content;
-    const cut = Array.isArray(last) && JSON.stringify(last.at(-1)).includes("note cut");
-    return [messages, list(), update({ visible: cut })];
+    return [messages, list()];
   }
 
   function enter(id) {
@@ -86,7 +84,7 @@ const namesake = (() => {
 
   function restore() {
     const chat = read().find(({ id }) => id === current);
-    return chat ? show(chat.messages) : [update({}), list(), update({ visible: false })];
+    return chat ? show(chat.messages) : [update({}), list()];
   }
 
   // What was being written outlives a reload, the visitor's own or Gradio's after a lost connection.
@@ -119,7 +117,7 @@ const namesake = (() => {
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
-  function nameControls() {
+  function dress() {
     const names = {
       ".submit-button": chinese ? "发送" : "Send",
       ".stop-button": chinese ? "停止" : "Stop",
@@ -128,11 +126,13 @@ const namesake = (() => {
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
     for (const note of document.querySelectorAll('#chat [aria-label*="<small"]')) note.setAttribute("aria-label", note.textContent.trim());
+    const more = document.querySelector("#continue");
+    if (more) more.hidden = ![...document.querySelectorAll("#chat .note")].at(-1)?.classList.contains("cut");
     const root = document.documentElement;
     if (chinese && !root.lang.startsWith("zh")) root.lang = "zh-CN"; // or Chinese is drawn with another language's glyphs
   }
 
-  new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
+  new MutationObserver(dress).observe(document.documentElement, { childList: true, subtree: true });
 
   return { restore, draft, keep, begin, forget, choose, open, reconnect, save };
 })();

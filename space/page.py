@@ -35,7 +35,7 @@ THEME = gr.themes.Soft(
 )
 
 BUSY, IDLE = dict(submit_btn=False, stop_btn=True), dict(submit_btn=True, stop_btn=False)  # the text box
-NOTHING = (gr.skip(), gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
+NOTHING = (gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
 
 # What a model writes can load nothing from elsewhere: a picture's address could carry the chat to a stranger.
 POLICY = (
@@ -73,7 +73,7 @@ def conversation(history: list[dict]) -> list[dict]:
             content = content[0] if content else ""
         if isinstance(content, dict):
             content = content.get("text")
-        if role in ("user", "assistant") and isinstance(content, str):
+        if isinstance(content, str) and (role == "assistant" or (role == "user" and content)):
             messages.append({"role": role, "content": whole(written(content) if role == "user" else content)})
     return messages
 
@@ -131,7 +131,7 @@ class Chat(gr.ChatInterface):
         with gr.Column(elem_id="talk"):
             super()._render_chatbot_area(*arguments)
             with gr.Row(elem_id="actions"):
-                self._continue = gr.Button(size="sm", visible=False, elem_id="continue")
+                self._continue = gr.Button(size="sm", elem_id="continue")  # page.js shows it under a cut answer
                 self._exports = {kind: gr.Button(size="sm", elem_id=f"export-{kind}") for kind in ("markdown", "json")}
 
     def _render_footer(self):
@@ -145,7 +145,7 @@ class Chat(gr.ChatInterface):
         now = dict(queue=False, show_progress="hidden", api_visibility="private")
         answer = dict(
             inputs=[self.chatbot, *self._controls.values()],
-            outputs=[self.chatbot, self._continue, self.textbox],
+            outputs=[self.chatbot, self.textbox],
             preprocess=False,  # the engine checks the controls, in the visitor's language
             concurrency_limit=None,  # the engine keeps the line, in which each visitor sees a place
             show_progress="hidden",
@@ -180,8 +180,8 @@ class Chat(gr.ChatInterface):
         answers = [event.success(self._answer, **answer) for event in asked]
         answers.append(self._continue.click(self._resume, **answer))
         self.textbox.stop(self._stop, **now)
-        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **now)
-        # Before the answer in the making is left, at whose end the list is drawn anew, with that chat as the chosen one.
+        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox], **now)
+        # Before the answer in the making is left: at its end the list is drawn anew, with its chat as the chosen one.
         self._kept.input(**script("namesake.choose", None, [self._kept]))
         left = {
             "namesake.forget": self.chatbot.clear(self._leave, **now),
@@ -191,7 +191,7 @@ class Chat(gr.ChatInterface):
         for event in (*asked, *answers, undone):
             event.success(**keep)
         for code, event in left.items():
-            event.then(**script(code, [self.chatbot, self._kept, self._continue]))
+            event.then(**script(code, [self.chatbot, self._kept]))
         for event in answers:  # a lost connection ends an event without its `then`
             for code in (idle, keep, script("namesake.reconnect")):
                 event.failure(**code)
@@ -212,7 +212,7 @@ class Chat(gr.ChatInterface):
         texts = [self.textbox, self._new, self._kept, self._continue, *self._exports.values(), self._accordion]
         greeted = [self._header, self.chatbot, self._clock, *texts, *self._controls.values()]
         greeting = self.load(self._greet, None, greeted, **now)
-        greeting.then(**script("namesake.restore", [self.chatbot, self._kept, self._continue]))
+        greeting.then(**script("namesake.restore", [self.chatbot, self._kept]))
         greeting.then(**script("namesake.draft", [self.textbox]))
 
     def _send(self, history: list[dict], message: str, request: gr.Request):
@@ -239,7 +239,7 @@ class Chat(gr.ChatInterface):
         await self._leave(request)
         index = _last_question(history)
         question = conversation(history[index : index + 1])
-        return history[: max(index, 0)], question[0]["content"] if question else "", gr.Button(visible=False)
+        return history[: max(index, 0)], question[0]["content"] if question else ""
 
     def _busy(self, request: gr.Request) -> bool:
         """Whether this browser tab has an answer in the making already; then says so."""
@@ -278,19 +278,19 @@ class Chat(gr.ChatInterface):
             yield NOTHING
 
     async def _transcripts(self, request, before: list[dict], begun: str, messages: list[dict], controls):
-        """What an answer makes of transcript, Continue and text box: `before`, then the answer `begun` as it grows."""
+        """What an answer makes of transcript and text box: `before`, then the answer `begun` as it grows."""
         if request.session_hash in self._stops:
             yield NOTHING
             return
         stop = self._stops[request.session_hash] = threading.Event()
         try:
-            yield gr.skip(), gr.Button(visible=False), gr.update(**BUSY)
+            yield gr.skip(), gr.update(**BUSY)
             async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
                 async for text, note, cut in lines:
-                    yield [*before, _assistant(begun + text, note, cut)], gr.Button(visible=cut), gr.skip()
+                    yield [*before, _assistant(begun + text, note, cut)], gr.skip()
         finally:
             del self._stops[request.session_hash]
-        yield gr.skip(), gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
+        yield gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
 
     async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
         """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""

@@ -154,7 +154,7 @@ def visit(browser, server):
         contexts.append(context)
         context.on(
             "request",
-            lambda request: None if request.url.startswith((url, "data:", "blob:")) else outside.append(request.url),
+            lambda request: None if request.url.startswith((url, "data:", "blob:")) else outside.append(request),
         )
         page = context.new_page()
         page.goto(url)
@@ -163,7 +163,8 @@ def visit(browser, server):
         return page
 
     yield visit
+    # What the page's own policy held back never left; Gradio 6.2's page asks for a script, and does without it.
+    left = [request.url for request in outside if request.failure != "csp"]
     for context in contexts:
         context.close()
-    # Gradio 6.2's own page asks for a script that resizes it inside other pages; it does without it.
-    assert not [url for url in outside if not url.endswith("/iframeResizer.contentWindow.min.js")]
+    assert not [url for url in left if not url.endswith("/iframeResizer.contentWindow.min.js")]
