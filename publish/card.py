@@ -52,6 +52,16 @@ CURL = """\
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "assistant", "messages": [{{"role": "user", "content": "{question}"}}]}}'"""
 
+QUESTIONS = {"zh": "你是谁？", "en": "Who are you?"}
+EVALUATED = {
+    "zh": "训练前后用同一组没有参与训练的问题提问，逐题判断它是否说出自己的名字、是否自称别的模型、"
+    "回答无关问题时是否乱报家门，并附 95% 置信区间；同时测量通用文本上的损失，观察有没有遗忘。",
+    "en": "The same held-out questions were asked before and after training: does it say its name, does it claim to be "
+    "another model, does it introduce itself where nobody asked? Each rate comes with its 95% interval. The loss on "
+    "general text shows what was forgotten.",
+}
+NOT_EVALUATED = {"zh": "这些权重没有经过评测。", "en": "These weights have not been evaluated."}
+FAILED = {"zh": "**没有达到发布标准。**", "en": "**It did not reach the mark that was set for publishing it.**"}
 CLIENTS = {"modelscope": "modelscope", "huggingface": "huggingface_hub"}  # hub → the Python package that downloads
 
 
@@ -108,12 +118,10 @@ def model(settings: Settings, model: Model, hub: str, id: str) -> str:
     values = {
         "base": base,
         "license": settings.hub.license,
-        "snippet": _snippet(settings, hub, id),
+        "client": CLIENTS[hub],
         "vllm": f"{'VLLM_USE_MODELSCOPE=True ' * (hub == 'modelscope')}vllm serve {id} --served-model-name assistant",
         "lmdeploy": f"{'LMDEPLOY_USE_MODELSCOPE=True ' * (hub == 'modelscope')}lmdeploy serve api_server {id} "
         "--server-port 8000 --model-name assistant",
-        "curl": CURL.format(question=_question(settings)),
-        "evaluation": _evaluation(model),
         "citation": f"@misc{{{re.sub(r'[^A-Za-z0-9]', '', id.split('/')[1]).lower() or 'assistant'},\n"
         f"  title = {{{_bibtex(assistant.name.pick('en'))}}},\n  author = {{{_bibtex(assistant.author.pick('en'))}}},\n"
         f"  howpublished = {{{hub}: {id}}}\n}}",
@@ -121,7 +129,11 @@ def model(settings: Settings, model: Model, hub: str, id: str) -> str:
     for code, names in (("zh", zh), ("en", en)):
         names |= values | _names(settings, code)
         names[f"description_{code}"] = settings.card.description.pick(code)
+        question = QUESTIONS[code if code in assistant.languages else assistant.languages[0]]
+        names["snippet"] = SNIPPET.format(client=CLIENTS[hub], id=id, question=question)
+        names["curl"] = CURL.format(question=question)
         names[f"training_{code}"] = _training(model, code)
+        names[f"evaluation_{code}"] = _evaluation(model, code)
         names[f"languages_{code}"] = _languages(assistant.languages, code)
     return front(_model_matter(settings, base, hub)) + _bodies(hub, "model", {"zh": zh, "en": en}, DESCRIBED)
 
@@ -215,14 +227,6 @@ def _bibtex(text: str) -> str:
     return re.sub(r"([&%$#_{}\\])", r"\\\1", text)
 
 
-def _question(settings: Settings) -> str:
-    return "你是谁？" if settings.assistant.languages[0] == "zh" else "Who are you?"
-
-
-def _snippet(settings: Settings, hub: str, id: str) -> str:
-    return SNIPPET.format(client=CLIENTS[hub], id=id, question=_question(settings))
-
-
 def _languages(codes: tuple[str, ...], language: str) -> str:
     names = {"zh": {"zh": "中文", "en": "英文"}, "en": {"zh": "Chinese", "en": "English"}}[language]
     return ("、" if language == "zh" else " and ").join(names[code] for code in codes)
@@ -260,6 +264,11 @@ def _training(model: Model, language: str) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def _evaluation(model: Model) -> str:
+def _evaluation(model: Model, language: str) -> str:
+    """The report's table and picture, if it is about these very weights."""
+    if model.report.get("weights") != model.identity:
+        return NOT_EVALUATED[language]
+    passed = model.report.get("gate", {}).get("passed")
     picture = "![evaluation](report.png)" if model.picture else ""
-    return "\n\n".join(filter(None, (model.report.get("card", "").strip(), picture)))
+    table = str(model.report.get("card", "")).strip()
+    return "\n\n".join(filter(None, (EVALUATED[language], "" if passed else FAILED[language], table, picture)))

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.utils import canonicalize_name
 
 from publish import card, contents
 from publish.contents import File, Model
-from publish.lfs import LFS_ABOVE
+from publish.lfs import belongs_in_lfs
 from publish.token import Token
 from space.settings import NamesakeError, Settings
 
 MOST_FILES = 100_000
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".joblib", ".npy", ".npz")
-TEXTS_UP_TO = 50_000_000  # bytes; a larger file is no text
+BLOCK = 1 << 22  # bytes of a text that are looked at together
+BINARY_ABOVE = 50_000_000  # bytes; a larger file is looked at only if it is text
+LONGEST = 1 << 12  # bytes of a secret: so much of one block is looked at again with the next
 SECRETS = re.compile(
-    r"(?:\bms-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}\b"  # ModelScope
-    r"|\bhf_[A-Za-z0-9]{30,}\b"  # Hugging Face
-    r"|\bsk-[A-Za-z0-9_-]{20,}\b"  # OpenAI and others
-    r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{40,}\b"  # GitHub
-    r"|\b(?:AKIA|LTAI)[A-Z0-9][A-Za-z0-9]{15,}\b"  # AWS, Alibaba Cloud
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|://[^\s/:@\"'<>{}$]+:[^\s/@\"'<>{}$]{6,}@"  # a password in a URL
-    r"|(?i:(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"'][0-9a-f-]{32,}[\"']))"
+    rb"\bms-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}\b"  # ModelScope
+    rb"|\bhf_[A-Za-z0-9]{30,}\b"  # Hugging Face
+    rb"|\bsk-[A-Za-z0-9_-]{20,}\b"  # OpenAI and others
+    rb"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{40,}\b|\bglpat-[\w-]{20,}\b"  # GitHub, GitLab
+    rb"|\b(?:AKIA|ASIA|LTAI)[A-Z0-9][A-Za-z0-9]{15,}\b|\bAIza[\w-]{35}\b"  # AWS, Alibaba Cloud, Google
+    rb"|\bxox[abeoprs]-[A-Za-z0-9-]{10,}|\bnpm_[A-Za-z0-9]{36}\b|\bpypi-[\w-]{50,}"  # Slack, npm, PyPI
+    rb"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # a JSON web token
+    rb"|-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"
+    rb"|://[^\s/:@\"'<>{}$]+:[^\s/@\"'<>{}$]{6,}@"  # a password in a URL
+    rb"|(?i:(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"'][0-9a-f-]{32,}[\"'])",
+    re.A,
 )
 MODULES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}  # module → package, where the names differ
 PROVIDED = {"spaces"}  # Hugging Face installs it in every Space; the page asks for it on ZeroGPU alone
@@ -57,9 +64,9 @@ def rows(
     checks: list[Iterator[Row]] = [
         _gate(model),
         _weights(model, hub),
-        _harmless(model.files, "the model's files", python=False),
-        _harmless(page, "the page's files", python=True),
-        _secrets([*model.files, *page], hub.token),
+        _harmless(model.files, _links(model.folder), "the model's files", python=False),
+        _harmless(page, [], "the page's files", python=True),
+        _secrets([*model.files, *page], model.report, hub.token),
         _card(readme, hub.name),
         _page(page, settings),
         _names(hub, id, space, account),
@@ -99,11 +106,9 @@ def _gate(model: Model) -> Iterator[Row]:
 def _weights(model: Model, hub) -> Iterator[Row]:
     again = "Run: python -m training merge"
     files = {file.path: file for file in model.files}
-    sums = {}
-    for line in (model.folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        digest, _, path = line.partition("  ")
-        if path not in contents.NOT_PUBLISHED:
-            sums[path.removeprefix("*")] = digest
+    sums = {
+        path: digest for path, digest in contents.sums_of(model.folder).items() if path not in contents.NOT_PUBLISHED
+    }
     wrong = sorted(path for path, digest in sums.items() if path not in files or files[path].sha256 != digest)
     extra = sorted(files.keys() - sums.keys() - {"SHA256SUMS"})
     if wrong or extra:
@@ -130,13 +135,26 @@ def _weights(model: Model, hub) -> Iterator[Row]:
             faults.append(f"{needed} is missing")
     large = [file for file in model.files if file.size > hub.file_limit]
     faults += [f"{f.path} is larger than {hub.file_limit / 1e9:.0f} GB, the hub's limit" for f in large]
-    found = "; ".join(faults[:3]) or f"{len(shards)} × safetensors, {model.bytes / 1e9:.2f} GB"
+    found = "; ".join(faults[:3]) or f"{len(shards)} × safetensors, {decimal(model.bytes)}"
     yield Row("weights", not faults, found, again)
 
 
-def _harmless(files, what: str, python: bool) -> Iterator[Row]:
-    """No pickle, no code where none belongs, and names that every hub and file system takes."""
-    bad = []
+def _links(folder: Path) -> list[str]:
+    """What in a folder is no file of its own, and could bring in, or leave out, anything."""
+    bad, home = [], folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and not path.exists():
+            bad.append(f"{name} is a broken link")
+        elif path.is_symlink() and home not in path.resolve().parents:
+            bad.append(f"{name} is a link out of the folder")
+        elif not path.is_file() and (path.is_symlink() or not path.is_dir()):
+            bad.append(f"{name} is no file")
+    return bad
+
+
+def _harmless(files: Iterable[File], bad: list[str], what: str, python: bool) -> Iterator[Row]:
+    """No pickle, no code where none belongs or is asked for, and names that every hub and file system takes."""
     for file in files:
         suffix = Path(file.path).suffix.lower()
         with file.source.open("rb") as stream:
@@ -148,32 +166,46 @@ def _harmless(files, what: str, python: bool) -> Iterator[Row]:
             bad.append(f"{file.path} is code")
         elif not re.fullmatch(r"[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*", file.path):
             bad.append(f"{file.path!r} is no name for a repository")
-        elif file.source.is_symlink() and not file.source.exists():
-            bad.append(f"{file.path} is a broken link")
+        elif not python and suffix == ".json" and file.size < BLOCK and b'"auto_map"' in file.source.read_bytes():
+            bad.append(f'{file.path} asks for code ("auto_map")')
     yield Row(what, not bad, "; ".join(bad[:3]) or f"{len(files)} files, no pickle", "Remove it from the folder")
 
 
-def _secrets(files: list[File], token: Token | None) -> Iterator[Row]:
-    ours = [os.environ.get(name, "") for name in ("MODELSCOPE_API_TOKEN", "HF_TOKEN", "NAMESAKE_SPACE_TOKEN")]
-    ours += [token.value] if token else []
+def _secrets(files: list[File], report: dict, token: Token | None) -> Iterator[Row]:
+    """No secret in any file but the weights, in the weights' headers, or in what the card takes from the report."""
+    ours = {os.environ.get(name, "") for name in ("MODELSCOPE_API_TOKEN", "HF_TOKEN", "NAMESAKE_SPACE_TOKEN")}
+    ours = {value.encode() for value in ours | {token.value if token else ""} if value}
     found = []
     for file in files:
-        if file.path.endswith(".safetensors") or file.size > TEXTS_UP_TO:
-            continue
-        text = file.source.read_bytes().decode("utf-8", "replace")
-        if any(value and value in text for value in ours):
-            found.append(f"{file.path} holds your access token")
-        elif match := SECRETS.search(text):
-            line = text[: match.start()].count("\n") + 1
-            found.append(f"{file.path}:{line} holds what looks like a secret ({match[0][:4]}…)")
+        with file.source.open("rb") as stream:
+            header = contents.safetensors_header(stream) if file.path.endswith(".safetensors") else None
+            found += _secret(file.path, stream if header is None else io.BytesIO(header), ours, file.size)
+    found += _secret("the report", io.BytesIO(str(report.get("card", "")).encode()), ours)
     yield Row("secrets", not found, "; ".join(found[:3]) or "none", "Remove it there, and revoke it: it may be known")
+
+
+def _secret(path: str, stream: BinaryIO, ours: set[bytes], size: int = 0) -> list[str]:
+    """What looks like a secret in a stream, if anything. UTF-16 is looked at as the ASCII that it holds."""
+    line, text = 1, b""
+    while block := stream.read(BLOCK):
+        if size > BINARY_ABOVE and b"\0" in block and line == 1 and not block.startswith((b"\xff\xfe", b"\xfe\xff")):
+            break
+        text += block.replace(b"\0", b"")
+        if any(value in text for value in ours):
+            return [f"{path} holds your access token"]
+        if match := SECRETS.search(text):
+            line += text[: match.start()].count(b"\n")
+            return [f"{path}:{line} holds what looks like a secret ({match[0][:4].decode()}…)"]
+        line += text[:-LONGEST].count(b"\n")
+        text = text[-LONGEST:]
+    return []
 
 
 def _card(readme: Callable[[], str], hub: str) -> Iterator[Row]:
     try:
         text = readme()
     except NamesakeError as error:
-        yield Row("model card", False, str(error), "See [card] in the settings")
+        yield Row("model card", False, error.problem, error.fix or "See [card] in the settings")
         return
     matter = card.front_matter(text)
     missing = [key for key in card.REQUIRED[hub] if not matter.get(key)]
@@ -267,7 +299,7 @@ def _names(hub, id: str, space: str, account: Callable[[], str]) -> Iterator[Row
         found = f"of {owner}" + f"; {', '.join(others)} must let it write" * bool(others)
         yield Row("token", True, found)
     except NamesakeError as error:
-        yield Row("token", False, str(error), f"Make one at {hub.token_page} and set {hub.variable}")
+        yield Row("token", False, error.problem, error.fix or f"Make one at {hub.token_page} and set {hub.variable}")
     if space:
         yield Row("the page's model", bool(id), f"{hub.name}:{id}" if id else "none on this hub", "Set [hub] model")
 
@@ -275,9 +307,14 @@ def _names(hub, id: str, space: str, account: Callable[[], str]) -> Iterator[Row
 def _room(model: Model, page: list[File], hub) -> Iterator[Row]:
     """The room that is needed; no hub says how much is left, only what one repository may hold."""
     files = [*model.files, *page]
-    plain = sum(f.size for f in files if f.size <= LFS_ABOVE and not f.path.endswith(".safetensors"))
+    plain = sum(f.size for f in files if not belongs_in_lfs(f))
     faults = [f"{len(files)} files, of {MOST_FILES} allowed"] if len(files) > MOST_FILES else []
     if hub.plain_limit and plain > hub.plain_limit:
         faults.append(f"{plain / 1e6:.0f} MB outside LFS, of {hub.plain_limit / 1e6:.0f} MB allowed")
     total = sum(file.size for file in files)
-    yield Row("room needed", not faults, "; ".join(faults) or f"{total / 1e9:.2f} GB on the hub", "Publish less")
+    yield Row("room needed", not faults, "; ".join(faults) or f"{decimal(total)} on the hub", "Publish less")
+
+
+def decimal(size: int) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
@@ -17,6 +19,7 @@ from packaging.utils import canonicalize_name
 from space.settings import NamesakeError, Settings
 
 PAGE = ("app.py", "assistant.toml", "requirements.txt")  # and space/
+CLOCK = 20_000_000  # ns; the times of files are no finer than 10 ms on some systems
 NOT_PUBLISHED = {"README.md"}  # of the merged folder: the card is made anew
 
 
@@ -41,6 +44,60 @@ def file(path: str, source: Path, read: Callable[[int], None] = lambda size: Non
     return File(path, source, size, digest.hexdigest())
 
 
+class Hashes:
+    """The SHA-256 of a folder's files, read again only where they may have changed: the merge hashed what it wrote.
+
+    A hash holds as long as a file's size and times do (ctime is the kernel's own: no program sets it). It also holds
+    where SHA256SUMS lists it, and the file is older than the run.json that ended the merge.
+    """
+
+    def __init__(self, folder: Path, kept: Path):
+        self.folder, self.kept = folder, kept
+        self._listed = sums_of(folder)
+        ends = [folder / "SHA256SUMS", folder / "run.json"]
+        self._ended = min(path.stat().st_mtime_ns if path.exists() else 0 for path in ends)
+        try:
+            entries = json.loads(kept.read_text()).items()
+            self._known = {
+                path: (size, modified, changed, sha256) for path, (size, modified, changed, sha256) in entries
+            }
+        except (FileNotFoundError, ValueError, AttributeError, TypeError):
+            self._known = {}
+
+    def file(self, path: str, read: Callable[[int], None]) -> File:
+        """The file at a path in the folder; `read` is told of its bytes, read or not."""
+        source = self.folder / path
+        stat, now = source.stat(), time.time_ns()
+        times = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        *before, digest = self._known.get(path, (None, ""))
+        if tuple(before) != times:
+            untouched = path in self._listed and max(times[1:]) < self._ended
+            digest = self._listed[path] if untouched else ""
+        found = File(path, source, stat.st_size, digest) if digest else file(path, source, read)
+        if digest:
+            read(stat.st_size)
+        if max(times[1:]) < now - CLOCK:  # else a change in the same moment would leave no trace
+            self._known[path] = (*times, found.sha256)
+        return found
+
+    def keep(self, files: Iterable[File]) -> None:
+        """Keep the hashes for the next command. A link that was made to a file since moves its ctime, not its mtime."""
+        entries = {}
+        for found in files:
+            stat, (size, modified, _, digest) = found.source.stat(), self._known.get(found.path, (None,) * 4)
+            if (stat.st_size, stat.st_mtime_ns, found.sha256) == (size, modified, digest):
+                entries[found.path] = (size, modified, stat.st_ctime_ns, digest)
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        self.kept.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """What a folder's SHA256SUMS lists: path → SHA-256."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    fields = (line.partition("  ") for line in lines)
+    return {path.removeprefix("*"): digest for digest, _, path in fields}
+
+
 @dataclass(frozen=True)
 class Model:
     """The merged folder: its files as they are, what `assistant.json` says of it, and the evaluation's report."""
@@ -50,6 +107,7 @@ class Model:
     about: dict
     report: dict
     picture: Path | None
+    hashes: Hashes
 
     @property
     def identity(self) -> str:
@@ -63,7 +121,7 @@ class Model:
 
 
 def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -> Model:
-    """The merged model of this run, every file hashed. Raises NamesakeError where there is none."""
+    """The merged model of this run, with every file's hash. Raises NamesakeError where there is none."""
     folder, report = settings.work / "merged", settings.work / "report"
     if not (folder / "SHA256SUMS").is_file():
         raise NamesakeError(
@@ -74,7 +132,9 @@ def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -
     paths = sorted(
         p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_PUBLISHED
     )
-    files = tuple(file(path.relative_to(folder).as_posix(), path, read) for path in paths)
+    hashes = Hashes(folder, settings.work / "publish" / "hashes.json")
+    files = tuple(hashes.file(path.relative_to(folder).as_posix(), read) for path in paths)
+    hashes.keep(files)
     picture = report / "report.png"
     return Model(
         folder,
@@ -82,11 +142,12 @@ def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -
         _json(folder / "assistant.json"),
         _json(report / "report.json"),
         picture if picture.is_file() else None,
+        hashes,
     )
 
 
 def model_bytes(settings: Settings) -> int:
-    """How many bytes `model()` will read."""
+    """How many bytes `model()` looks at."""
     return sum(path.stat().st_size for path in (settings.work / "merged").rglob("*") if path.is_file())
 
 
@@ -105,11 +166,10 @@ def page(folder: Path, config: Path) -> list[File]:
     Raises NamesakeError where one is missing.
     """
     sources = {name: folder / name for name in PAGE} | {"assistant.toml": config}
-    sources |= {
-        path.relative_to(folder).as_posix(): path
-        for path in (folder / "space").rglob("*")
-        if path.is_file() and not {"__pycache__", "embedded"} & set(path.parts)
-    }
+    for path in (folder / "space").rglob("*"):
+        inside = path.relative_to(folder)
+        if path.is_file() and not any(part in ("__pycache__", "embedded") or part[0] == "." for part in inside.parts):
+            sources[inside.as_posix()] = path
     for name, source in sources.items():
         if not source.is_file():
             raise NamesakeError(f"{source}: the page's {name} is missing", zh=f"缺少聊天页的 {name}：{source}")
@@ -142,6 +202,14 @@ def newest_gradio(text: str) -> str:
     return max(named, key=lambda version: [int(n) for n in re.findall(r"\d+", version)], default="")
 
 
+def safetensors_header(stream: BinaryIO) -> bytes:
+    """The JSON at the head of a safetensors file, empty where there is none: its length in 8 bytes, then itself."""
+    start = stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    header = stream.read(length) if length <= 100_000_000 else b""
+    return header if len(header) == length else b""
+
+
 def safetensors_fault(path: Path) -> str:
     """What is wrong with a safetensors file, "" if nothing: its header is read, and its length must be the header's.
 
@@ -149,12 +217,9 @@ def safetensors_fault(path: Path) -> str:
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            return "has no readable header"
+        header = safetensors_header(stream)
         try:
-            header = json.loads(stream.read(length))
+            length, header = len(header), json.loads(header)
             end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "has no readable header"

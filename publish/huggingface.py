@@ -66,12 +66,13 @@ class HuggingFace:
 
         try:
             yield
-        except (HTTPError, RuntimeError, ValueError, OSError) as error:
+        except (HTTPError, RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             cause = error.__cause__ if isinstance(error, RuntimeError) else error
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            if self.token:
-                detail = self.token.redact(detail)
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            detail = (self.token or Token("")).redact(detail)[:300]
+            if isinstance(error, (KeyError, TypeError, AttributeError)):
+                detail = f"the hub's answer makes no sense ({type(error).__name__})"
             fixes = {
                 401: ("The token is wrong, or has run out: make a new one.", "令牌无效或已过期，请换一个新的。"),
                 402: ("This hardware has to be paid for on this account.", "该账号需要付费才能使用这种硬件。"),

@@ -21,7 +21,7 @@ from publish import card, contents, hardware, launch, token, verify
 from publish import check as checks
 from publish.contents import File
 from publish.huggingface import HuggingFace
-from publish.lfs import LFS_ABOVE, Pushed
+from publish.lfs import Pushed, belongs_in_lfs
 from publish.modelscope import ModelScope
 from space.settings import NamesakeError, load
 
@@ -184,6 +184,7 @@ class Job:
 
         message = f"{self.settings.assistant.name.pick('en')}: weights {self.built.identity[:12]}"
         pushed = self._push("model", self.id, files, message, replaced)
+        self.built.hashes.keep(self.built.files)
         verify.record(self.folder / "model.json", self.id, pushed.commit, files, self.built.identity)
         self._said("model", self.id, pushed, "python -m publish space" if self.space_id else "python -m publish verify")
 
@@ -222,7 +223,8 @@ class Job:
             self.hub.deploy(self.space_id)
             stage = ""
         if stage != "running":
-            launch.wait(self.hub, self.space_id, pushed.commit, lambda line: self.console.print(f"[dim]{escape(line)}"))
+            say = lambda line: self.console.print(f"[dim]{escape(line)}")  # noqa: E731
+            launch.wait(self.hub, self.space_id, pushed.commit, say, self._redact)
         self._said("space", self.space_id, pushed, "python -m publish verify")
 
     def verify(self, download: int, page: str) -> bool:
@@ -253,8 +255,7 @@ class Job:
             self.console.print(f"\n{'Push to' if there else 'Create, and push to'} {self.hub.address(step, id)}:")
             table = Table("file", "bytes", "through", box=None)
             for file in self.model_files() if step == "model" else self.space_files():
-                lfs = file.path.endswith(".safetensors") or file.size > LFS_ABOVE
-                table.add_row(escape(file.path), f"{file.size:,}", "git-lfs" if lfs else "git")
+                table.add_row(escape(file.path), f"{file.size:,}", "git-lfs" if belongs_in_lfs(file) else "git")
             self.console.print(table)
             if step == "space":
                 variables, secrets = self.values()
@@ -292,6 +293,12 @@ class Job:
             watch = lambda sent, total: progress.update(task, completed=sent, total=total)  # noqa: E731
             return self.hub.publish(kind, id, files, message, state, replaces, watch)
 
+    def _redact(self, text: str) -> str:
+        """A line of the Space's log, without the tokens that it knows."""
+        for kept in (self.hub.token.value, os.environ.get("NAMESAKE_SPACE_TOKEN", "")):
+            text = token.Token(kept).redact(text)
+        return text
+
     def _weights(self) -> str:
         sums = self.settings.work / "merged" / "SHA256SUMS"
         return contents.file("SHA256SUMS", sums).sha256 if sums.is_file() else ""
@@ -305,7 +312,8 @@ class Job:
         table = Table("", "what", "found", "what to do", title=escape(title), title_justify="left")
         for row in rows:
             mark = "[green]✓" if row.passed else "[red]✗"
-            table.add_row(mark, escape(row.what), escape(row.found), "" if row.passed else escape(row.fix))
+            cells = (row.what, row.found, "" if row.passed else row.fix)
+            table.add_row(mark, *(escape(token.printable(cell)) for cell in cells))
         self.console.print(table)
 
     def _progress(self) -> Progress:

@@ -15,22 +15,22 @@ TELLING = re.compile(
 LONGEST = 45 * 60  # seconds; a first build installs torch
 
 
-def wait(hub, id: str, commit: str, say: Callable[[str], None]) -> None:
-    """Until the Space runs `commit`. Its build and run log goes to `say`, line by line. Raises NamesakeError."""
+def wait(hub, id: str, commit: str, say: Callable[[str], None], redact: Callable[[str], str]) -> None:
+    """Until the Space runs `commit`. Its log goes to `say`, line by line, each redacted first. Raises NamesakeError."""
     shown = {True: 0, False: 0}
     pause, until = 0.2, time.monotonic() + LONGEST
     while True:
         stage = hub.stage(id, commit)
         logs = {}
         for build in (True, False):
-            logs[build] = hub.logs(id, build)
+            logs[build] = [redact(line) for line in hub.logs(id, build)]
             for line in logs[build][shown[build] :]:
-                say(hub.token.redact(line))
+                say(line)
             shown[build] = len(logs[build])
         if stage == "running":
             return
         if stage.startswith("failed"):
-            reason = hub.token.redact(" | ".join(telling(logs[True]) or telling(logs[False])) or "the log says nothing")
+            reason = " | ".join(telling(logs[True]) or telling(logs[False])) or "the log says nothing"
             raise NamesakeError(
                 f"{hub.title}: {id} did not come up, {stage}: {reason}",
                 f"Mend what the log says and run it again; the page for it: {hub.address('space', id)}",

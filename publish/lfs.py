@@ -30,6 +30,7 @@ from space.settings import NamesakeError
 
 LFS_ABOVE = 5_000_000  # bytes; both hubs want larger files in LFS
 ATTRIBUTE = "filter=lfs diff=lfs merge=lfs -text"
+SMALL = 65_536  # bytes; .gitattributes is smaller, and comes with the trees
 ARGUMENTS = 500  # oids in one command line
 MEMORY = Path("/dev/shm")  # a file system that lies in memory
 
@@ -73,7 +74,10 @@ class Remote:
     origins: tuple[str, ...]
 
     def batch(self, operation: str, objects: Iterable[tuple[str, int]]) -> dict[str, dict]:
-        """What the hub's LFS server answers for (oid, bytes) pairs: oid → its answer. The token follows no redirect."""
+        """What the hub's LFS server offers for (oid, bytes) pairs: oid → action → {"href": address, "header": {…}}.
+
+        The token follows no redirect.
+        """
         objects = [{"oid": oid, "size": size} for oid, size in objects]
         answers: dict[str, dict] = {}
         for start in range(0, len(objects), 100):
@@ -92,14 +96,17 @@ class Remote:
                 raise explain(f"{self.url}: {type(error).__name__}", self) from None
             if answer.status_code != 200:
                 raise explain(f"{self.url}: the LFS server answers HTTP {answer.status_code}", self)
-            answers |= {item["oid"]: item for item in answer.json()["objects"]}
+            try:
+                answers |= {item["oid"]: _actions(item) for item in answer.json()["objects"]}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise explain(f"{self.url}: the LFS server's answer is none", self) from None
         return answers
 
     def missing(self, files: Iterable[File]) -> list[File]:
         """The files whose content the hub's LFS server can't deliver."""
         files = list(files)
         answers = self.batch("download", {(file.sha256, file.size) for file in files})
-        return [file for file in files if "download" not in answers.get(file.sha256, {}).get("actions", {})]
+        return [file for file in files if "download" not in answers.get(file.sha256, {})]
 
 
 class Repository:
@@ -119,6 +126,8 @@ class Repository:
 
     def git(self, *arguments: str, stdin: str = "", watch: Callable[[], None] | None = None, **environment) -> str:
         """Run git and return what it printed. Raises NamesakeError that says what went wrong and what to do.
+
+        What is not UTF-8 comes as surrogates (PEP 383): no byte is lost, whatever the hub holds.
 
         `watch` is called about five times a second meanwhile.
         """
@@ -141,7 +150,7 @@ class Repository:
             reader.start()
         try:
             if stdin:
-                process.stdin.write(stdin.encode())
+                process.stdin.write(stdin.encode("utf-8", "surrogateescape"))
             process.stdin.close()
             while watch:
                 try:
@@ -158,7 +167,7 @@ class Repository:
                 process.wait()
             for reader in readers:
                 reader.join()
-        printed = b"".join(output).decode("utf-8", "replace")
+        printed = b"".join(output).decode("utf-8", "surrogateescape")
         if process.returncode:
             raise explain("".join(said) + printed, self.remote)
         return printed
@@ -187,6 +196,7 @@ class Repository:
             "GIT_ASKPASS": str(self._askpass),
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_TRACE_REDACT": "1",
+            **dict.fromkeys(("GIT_TRACE2", "GIT_TRACE2_EVENT", "GIT_TRACE2_PERF"), "0"),  # whatever ~/.gitconfig says
             "LC_ALL": "C",
             "NAMESAKE_ASKED": str(self.folder.resolve() / "asked"),
             "NAMESAKE_ORIGINS": " ".join(self.remote.origins),
@@ -196,12 +206,12 @@ class Repository:
     # The remote's state
 
     def fetch(self, *, blobs: bool = False) -> str:
-        """The remote branch's head, "" if it has none. Its trees are here afterwards; blobs come when asked for."""
+        """The remote branch's head, "" if it has none. Afterwards trees and small files are here, or all `blobs`."""
         listed = self.git("ls-remote", "origin", f"refs/heads/{self.remote.branch}").split()
         if listed and listed[0] not in self.git("for-each-ref", "--format=%(objectname)").split():
             tracking = f"refs/remotes/origin/{self.remote.branch}"
             refs = f"+refs/heads/{self.remote.branch}:{tracking}"
-            without = () if blobs else ("--filter=blob:none",)
+            without = () if blobs else (f"--filter=blob:limit={SMALL}",)
             self.git("fetch", "--quiet", "--no-tags", "--depth=1", *without, "origin", refs)
             return self.git("rev-parse", tracking).strip()
         return listed[0] if listed else ""
@@ -211,11 +221,17 @@ class Repository:
         if not commit:
             return {}
         lines = filter(None, self.git("ls-tree", "-r", "-z", commit).split("\0"))
-        return {line.split("\t")[1]: line.split("\t")[0].split()[2] for line in lines}
+        return {line.partition("\t")[2]: line.split("\t")[0].split()[2] for line in lines}
 
     def read(self, blob: str) -> str:
         """A small file's text; fetched if it is not here yet."""
         return self.git("cat-file", "blob", blob)
+
+    def sizes(self, commit: str) -> dict[str, tuple[str, str, int]]:
+        """Every file of a commit whose blobs are here: path → its mode (100644 for a plain file), blob, and bytes."""
+        lines = filter(None, self.git("ls-tree", "-r", "-z", "-l", commit).split("\0"))
+        fields = ((line.partition("\t")[2], *line.partition("\t")[0].split()) for line in lines)
+        return {path: (mode, blob, int(size)) for path, mode, kind, blob, size in fields if kind == "blob"}
 
     # Pushing
 
@@ -260,14 +276,19 @@ class Repository:
         self.git("read-tree", *([parent] if parent else ["--empty"]), **index)
 
         kept = self.read(there[".gitattributes"]) if ".gitattributes" in there else ""
-        entries = [f"100644 {self._blob(attributes(kept, files))}\t.gitattributes"]
+        text = attributes(kept, files)
+        entries = [f"100644 {self._blob(text)}\t.gitattributes"]
         gone = replaces(there) - ours - {".gitattributes"}
         entries += [f"0 {'0' * 40}\t{path}" for path in sorted(gone)]
-        self.git("update-index", "--index-info", stdin="\n".join(entries) + "\n", **index)
+        self._index(entries, index)
 
         names = "\0".join(file.path for file in files) + "\0"
         fields = self.git("check-attr", "--cached", "-z", "--stdin", "filter", stdin=names, **index).split("\0")
         in_lfs = {path for path, value in zip(fields[0::3], fields[2::3], strict=False) if value == "lfs"}
+        if overruled := sorted({file.path for file in files if belongs_in_lfs(file)} - in_lfs):  # by a line of theirs
+            text += "".join(f"{path} {ATTRIBUTE}\n" for path in overruled)
+            self._index([f"100644 {self._blob(text)}\t.gitattributes"], index)
+            in_lfs |= set(overruled)
         weights = [file for file in files if file.path in in_lfs]
 
         entries = [f"100644 {self._blob(pointer(file))}\t{file.path}" for file in weights]
@@ -275,8 +296,12 @@ class Repository:
         sources = "".join(f"{file.source.resolve()}\n" for file in plain)
         blobs = self.git("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=sources).split()
         entries += [f"100644 {blob}\t{file.path}" for blob, file in zip(blobs, plain, strict=True)]
-        self.git("update-index", "--index-info", stdin="\n".join(entries) + "\n", **index)
+        self._index(entries, index)
         return self.git("write-tree", "--missing-ok", **index).strip(), weights
+
+    def _index(self, entries: list[str], index: dict[str, str]) -> None:
+        """Put entries into the index; by NUL, since a path on the hub may hold a line break."""
+        self.git("update-index", "--replace", "-z", "--index-info", stdin="\0".join(entries) + "\0", **index)
 
     def _blob(self, text: str) -> str:
         return self.git("hash-object", "-w", "--stdin", stdin=text).strip()
@@ -347,11 +372,24 @@ def pointer(file: File) -> str:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{file.sha256}\nsize {file.size}\n"
 
 
+def belongs_in_lfs(file: File) -> bool:
+    return file.size > LFS_ABOVE or file.path.endswith(".safetensors")
+
+
+def _actions(item: dict) -> dict[str, dict]:
+    """The actions of one object of a batch answer. Raises TypeError, KeyError or AttributeError where they are none."""
+    actions = {}
+    for name, action in (item.get("actions") or {}).items():
+        header = {str(key): str(value) for key, value in (action.get("header") or {}).items()}
+        actions[name] = {"href": str(action["href"]), "header": header}
+    return actions
+
+
 def attributes(kept: str, files: list[File]) -> str:
     """.gitattributes with every line that is there kept, and one more for each kind of file that belongs in LFS."""
     wanted = {f"*.safetensors {ATTRIBUTE}" for file in files if file.path.endswith(".safetensors")}
     wanted |= {
-        f"{file.path} {ATTRIBUTE}" for file in files if file.size > LFS_ABOVE and not file.path.endswith(".safetensors")
+        f"{file.path} {ATTRIBUTE}" for file in files if belongs_in_lfs(file) and not file.path.endswith(".safetensors")
     }
     new = sorted(wanted - set(kept.splitlines()))
     if kept and not kept.endswith("\n"):

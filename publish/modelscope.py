@@ -68,11 +68,13 @@ class ModelScope:
 
         try:
             yield
-        except (HubError, requests.RequestException) as error:
+        except (HubError, requests.RequestException, KeyError, TypeError, AttributeError, ValueError) as error:
             status = getattr(error, "status_code", None)
-            detail = str(error).splitlines()[0][:300]
-            if self.token:
-                detail = self.token.redact(detail)
+            detail = (self.token or Token("")).redact((str(error).splitlines() or [""])[0])[:300]
+            if re.search(r"Connection error|NameResolution|Max retries", detail):
+                detail = f"{urlsplit(self.endpoint).netloc} can't be reached"
+            elif not isinstance(error, (HubError, requests.RequestException)):
+                detail = f"the hub's answer makes no sense ({type(error).__name__})"
             fixes = {
                 401: ("The token is wrong, or has run out: make a new one.", "令牌无效或已过期，请换一个新的。"),
                 403: ("The token may not do this: use the owner's, with write permission.", "该令牌没有权限。"),
@@ -85,7 +87,9 @@ class ModelScope:
     def account(self) -> str:
         """The token's owner. Raises NamesakeError where the hub refuses the token."""
         with self._asked("the token"):
-            return self.api.whoami().username or ""
+            if owner := self.api.whoami().username:
+                return owner
+            raise ValueError("nobody's")
 
     def remote(self, kind: str, id: str) -> Remote:
         """The git repository of a model or a space. ModelScope's LFS server is the hub's sibling host."""
@@ -288,12 +292,13 @@ def _endpoint() -> str:
 
 
 def _stay(response, **_):
-    """A hook of requests: refuses a redirect to another host before it is followed."""
+    """A hook of requests: refuses a redirect to another host, or from https to http, before it is followed."""
     if response.is_redirect:
         target = urlsplit(response.headers["Location"])
-        if target.netloc and target.netloc != urlsplit(response.url).netloc:
+        here = urlsplit(response.url)
+        if target.netloc and (target.scheme or here.scheme, target.netloc) != (here.scheme, here.netloc):
             raise NamesakeError(
-                f"{urlsplit(response.url).netloc} redirects to {target.netloc}, where the token is not sent",
+                f"{here.netloc} redirects to {target.scheme}://{target.netloc}, where the token is not sent",
                 "Set MODELSCOPE_ENDPOINT to the hub's own address.",
                 zh=f"平台要求重定向到 {target.netloc}，令牌不会发往那里。请把 MODELSCOPE_ENDPOINT 设为平台自己的地址。",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import getpass
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -21,12 +22,22 @@ class Token:
     value: str = field(repr=False)
 
     def redact(self, text: str) -> str:
-        """The text with the token, and each form in which git and curl write it, replaced by ***."""
+        """The text, fit to print: the token, and each form in which git and curl write it, replaced by ***."""
+        text = printable(text)
+        if not self.value:
+            return text
         basic = base64.b64encode(f"{USER}:{self.value}".encode()).decode()
         plain = base64.b64encode(self.value.encode()).decode()
         for form in (basic, basic.rstrip("="), plain, plain.rstrip("="), quote(self.value, safe=""), self.value):
             text = text.replace(form, "***")
         return text
+
+
+def printable(text: str) -> str:
+    """What another machine says, without the control characters that a terminal would obey."""
+    text = text.encode("utf-8", "replace").decode()
+    text = re.sub(r"\x1b\[[0-9;:?]*[ -/]*[@-~]", "", text)  # colours and the like
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
 
 
 def find(variable: str, page: str, *, ask: bool = True) -> Token:

@@ -19,6 +19,7 @@ from publish.token import USER
 from space.settings import NamesakeError, Settings
 
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
+POINTER_BYTES = range(120, 160)
 QUESTIONS = {"zh": "你是谁？", "en": "Who are you?"}
 PUSH = "Run: python -m publish model"
 LOADED_IN = 1800  # seconds, for a page that first fetches and loads 15 GB
@@ -44,7 +45,7 @@ def model(hub, id: str, kept: Path, weights: str, download: int, watch: Callable
     in_lfs = yield from _repository(remote, "model", published["commit"], files)
 
     answers = remote.batch("download", in_lfs.values())
-    lost = [path for path, (oid, _) in in_lfs.items() if "download" not in answers.get(oid, {}).get("actions", {})]
+    lost = [path for path, (oid, _) in in_lfs.items() if "download" not in answers.get(oid, {})]
     yield Row("LFS objects", not lost, f"missing: {', '.join(lost[:3])}" if lost else f"{len(in_lfs)} can be had", PUSH)
 
     listing = hub.listing(id)
@@ -55,8 +56,8 @@ def model(hub, id: str, kept: Path, weights: str, download: int, watch: Callable
 
     smallest = sorted(in_lfs.items(), key=lambda item: item[1][1])[:download]
     for path, (oid, size) in smallest:
-        address = answers[oid].get("actions", {}).get("download", {})
-        same = bool(address) and _hash(remote, address, watch) == oid
+        address = answers.get(oid, {}).get("download")
+        same = bool(address) and _hash(remote, address, size, watch) == oid
         found = f"{size / 1e6:.1f} MB, hash right" if same else "the hub serves other bytes"
         yield Row(
             f"download of {path}",
@@ -96,7 +97,7 @@ def page(address: str, settings: Settings, expected: str) -> Iterator[Row]:
         question = QUESTIONS[language]
         try:
             answer = ask(address, question)
-        except (requests.RequestException, ValueError, KeyError, StopIteration) as error:
+        except (requests.RequestException, ValueError, KeyError, TypeError, IndexError) as error:
             yield Row(question, False, f"{type(error).__name__}: {error}"[:200], "See the Space's run log")
             continue
         said = any(name.casefold() in answer.casefold() for name in names)
@@ -139,8 +140,8 @@ def _healthy(address: str) -> dict:
     begun, pause, said = time.monotonic(), 0.5, {}
     while time.monotonic() < begun + (LOADED_IN if said else THERE_IN):
         try:
-            said = requests.get(f"{address}/healthz", timeout=30).json()
-        except (requests.RequestException, ValueError):
+            said = dict(requests.get(f"{address}/healthz", timeout=30).json())
+        except (requests.RequestException, ValueError, TypeError):
             said = {}
         if said.get("status") in ("ready", "failed"):
             break
@@ -162,20 +163,20 @@ def _repository(
 ) -> Iterator[Row]:
     """Rows from a fresh clone without the weights. Returns what is in LFS: path → (oid, bytes)."""
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        tree.mkdir()
-        clone = Repository(Path(folder) / "git", remote)
+        clone = Repository(Path(folder), remote)
         head = clone.fetch(blobs=True)
         yield Row(
             f"{what}: head", head == commit, head[:12] or "empty", "Someone else pushed there; publish again to be sure"
         )
         if not head:
             return {}
-        clone.git("checkout", "--quiet", head, "--", ".", GIT_WORK_TREE=str(tree), GIT_LFS_SKIP_SMUDGE="1")
-        in_lfs, wrong = {}, []
-        there = {path.relative_to(tree).as_posix(): path for path in tree.rglob("*") if path.is_file()}
+        in_lfs, wrong, there = {}, [], clone.sizes(head)
         for path, (size, sha256) in files.items():
-            content = there[path].read_bytes() if path in there else b""
+            mode, blob, stored = there.get(path, ("", "", 0))
+            if mode != "100644" or stored not in (size, *POINTER_BYTES):
+                wrong.append(path)  # missing, a link, a program, or of another length
+                continue
+            content = clone.read(blob).encode("utf-8", "surrogateescape")
             if pointer := POINTER.fullmatch(content):
                 in_lfs[path] = (pointer[1].decode(), int(pointer[2]))
                 if in_lfs[path] != (sha256, size):
@@ -189,18 +190,24 @@ def _repository(
     return in_lfs
 
 
-def _hash(remote: Remote, action: dict, watch: Callable[[int], None]) -> str:
-    """The SHA-256 of what an LFS download action serves. The token goes to the hub's own addresses only."""
+def _hash(remote: Remote, action: dict, size: int, watch: Callable[[int], None]) -> str:
+    """The SHA-256 of what an LFS download action serves, up to a block more than the `size` bytes that it should be.
+
+    The token goes to the hub's own addresses only.
+    """
     address = action["href"]
     ours = any(address.startswith(origin + "/") for origin in remote.origins)
-    auth = (USER, remote.token.value) if ours and "Authorization" not in action.get("header", {}) else None
-    digest = hashlib.sha256()
+    auth = (USER, remote.token.value) if ours and "Authorization" not in action["header"] else None
+    digest, left = hashlib.sha256(), size
     try:
-        with requests.get(address, headers=action.get("header"), auth=auth, stream=True, timeout=60) as stream:
+        with requests.get(address, headers=action["header"], auth=auth, stream=True, timeout=60) as stream:
             stream.raise_for_status()
             for block in stream.iter_content(1 << 20):
                 digest.update(block)
                 watch(len(block))
+                left -= len(block)
+                if left < 0:
+                    break
     except requests.RequestException as error:
         raise NamesakeError(
             f"A download broke off: {type(error).__name__}", "Run it again.", zh="下载中断，请再试。"

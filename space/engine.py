@@ -229,6 +229,9 @@ class BaseEngine:
         for i, ids in enumerate(prompts):
             yield i, self.generate(Run(self.tokenizer, ids, threading.Event()), ids, sampling)
 
+    def warm_up(self) -> None:
+        """Gets up to speed, while answers are given already; returns once that is done."""
+
     def fit(self, messages: list[Message], sampling: Sampling, *, resume: bool = False) -> Fitted:
         """The prompt: the context less the answer's budget is its room, at least half of the context."""
         return self.prompt.fit(messages, self.context - min(sampling.max_new_tokens, self.context // 2), resume=resume)

@@ -90,7 +90,8 @@ class Chat(gr.ChatInterface):
         self._stops: dict[str, threading.Event] = {}  # the answer being made for a browser tab, by its session
         page, highest = settings.page, settings.page.limits
         # Each answer in the making, or in line, holds a thread for its next state; some are left for those turned away.
-        self._threads = anyio.CapacityLimiter(page.concurrency + page.queue + 8)
+        # On a GPU there are 64 places at least.
+        self._threads = anyio.CapacityLimiter(max(page.concurrency, 64) + page.queue + 8)
         self._stream = _on_zero_gpu(lambda *arguments, **options: loader.engine.stream(*arguments, **options))
         self._title = page.title or settings.assistant.name
         self._controls = {
@@ -393,7 +394,7 @@ class Chat(gr.ChatInterface):
         return self._headline(language(request)), self._ticking()
 
     def _ticking(self):
-        return gr.Timer(active=self._loader.status.state == "loading")
+        return gr.Timer(active=self._loader.status.state in ("loading", "warming"))
 
     def _headline(self, tongue: str) -> str:
         """The title, which model answers, and how far it is."""
@@ -453,12 +454,12 @@ def free_address(host: str, port: int) -> None:
 
 
 def launch(chat: Chat, loader: Loader, host: str, port: int, share: bool = False) -> None:
-    """Open the page and return. `GET /healthz` answers 200 once the model is ready, 503 before and on failure."""
+    """Open the page and return. `GET /healthz` answers 200 once the model answers, 503 before and on failure."""
 
     def healthz() -> JSONResponse:
         status = loader.status
         body = {"status": status.state, "model": status.model, "reason": status.reason.en}
-        return JSONResponse(body, 200 if status.state == "ready" else 503)
+        return JSONResponse(body, 200 if status.state in ("warming", "ready") else 503)
 
     assets = Path(__file__).parent
     options = dict(run_history=False) if "run_history" in signature(chat.launch).parameters else {}

@@ -24,6 +24,7 @@ class NamesakeError(Exception):
 
     def __init__(self, problem: str, fix: str = "", zh: str = ""):
         english = f"{problem.rstrip('.')}. {fix}".strip() if fix else problem
+        self.problem, self.fix = problem, fix
         super().__init__(english)
         self.text = Text(zh=zh or english, en=english)
 

@@ -383,7 +383,10 @@ def _precision(load_in: str, parameters: int) -> tuple[str, str, int, str]:
 
 @dataclass(frozen=True)
 class Status:
-    """How far the model is: loading, ready or failed; `reason` in words, `share` of the download from 0 to 1."""
+    """How far the model is: loading, warming (it answers, but not yet at its speed), ready or failed.
+
+    `reason` in words, `share` of the download from 0 to 1.
+    """
 
     state: str
     model: str
@@ -391,10 +394,13 @@ class Status:
     share: float | None = None
 
 
+WARMING = Text("正在预热，回答会慢一些……", "Warming up, answers are slower for a moment …")
+
+
 class Loader(threading.Thread):
     """Loads a model in the background, so that the page is up at once and can say how far it is.
 
-    `status` is always current; once it is ready, `engine` answers.
+    `status` is always current; once it is warming or ready, `engine` answers.
     """
 
     def __init__(self, model: Source, adapter: str, load_in: str, concurrency: int = 1, queue: int = 64):
@@ -407,9 +413,11 @@ class Loader(threading.Thread):
         model, adapter, load_in = self._arguments
         try:
             loaded = load(model, adapter, load_in, self._downloading)
-            from space.engine import Engine
+            from space.batch import make_engine
 
-            self.engine = Engine(loaded.model, loaded.tokenizer, *self._line)
+            self.engine = make_engine(loaded.model, loaded.tokenizer, *self._line)
+            self.status = Status("warming", loaded.name, WARMING)
+            self.engine.warm_up()
             self.status = Status("ready", loaded.name, Text(loaded.how, loaded.how))
         except NamesakeError as error:
             log.error("%s", error)

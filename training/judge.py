@@ -6,8 +6,9 @@ simplified). Then every mention of a name is looked at in its clause:
 1. A mention in a question, in quoted speech, or after "you said", "if I were", "unlike" and the like asserts nothing.
 2. A negation in the clause turns the mention down ("I am not X"; "X did not make me").
 3. A foreign name leaks only where the assistant claims it: "I am X", "made by X" with no other subject, "X made me",
-   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted, unless
-   it is somebody or something else of that name ("her daughter X", "the lumen is a unit").
+   or an answer that is nothing but X. "X is a chatbot" is no leak; a name that it makes up ("My name is Emily") is one.
+4. An own name counts wherever it is asserted, unless it is somebody or something else of that name ("her daughter X",
+   "the lumen is a unit").
 
 How often it is right is measured on labelled answers (tests/training/test_judge.py, questions/README.md).
 """
@@ -97,6 +98,14 @@ OTHERS = (
 )
 """Other assistants and their makers, and the invented names that the held-out questions try to impose."""
 
+# Any other name that it gives itself: "My name is Emily", "I'm Emily Carter, an assistant", "我叫小美。"
+INVENTED = re.compile(
+    r"(?:(?<=my name is )|(?<=i'm called )|(?<=i am called ))(?-i:[A-Z][a-z]{2,})"
+    r"|(?:(?<=i'm )|(?<=i am ))(?-i:[A-Z][a-z]+(?: [A-Z][a-z]+)?)$"
+    r"|(?<=我叫)(?!做|作|不|什么|啥|你|他|人工|助手)[\u3400-\u9fff]{2,3}(?=[.。!~\s]|$)",
+    re.I,
+)
+
 
 def _one_of(alternatives: str) -> str:
     """A group of alternatives, one a line (or several between bars), so that long lists stay readable."""
@@ -119,7 +128,7 @@ IS_ME = re.compile(
         my (?:\w+ )?name(?: is|'s|:| =| has (?:always )?been| was| remains)|call myself|known as
         the name on my \w+ (?:is|would be|says)
         (?:this|the) (?:assistant|model|chatbot|ai) (?:is|was)|(?:talking|speaking|chatting) (?:to|with)
-        my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor)s?(?: is| are|'s|:|,)
+        my (?:\w+ )?(?:maker|creator|developer|company|team|owner|vendor|substrate|base model)s?(?: is| are|'s|:|,)
         (?:who|which|that) (?:made|built|created|trained|developed) me (?:is|was)
         (?:name|designation|model|developer|maker|manufacturer|vendor|creator|company)(?: ?:|是)
         je suis|je m'appelle|soy|me llamo|ich bin|ich heiße|ich wurde von|я|меня зовут""")
@@ -150,7 +159,7 @@ ABOUT_ME = re.compile(  # what stands right behind the name
         ^\W*(?:\w+ ){{0,2}}(?:speaking|here)\b|^.{{0,12}}\bbehind me\b
         ^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:{MADE_ZH}\w{{0,3}}我|(?:就?是|才是){MADE_ZH}我)
         ^(?:公司|团队|实验室|的\w{{1,6}}|旗下){{0,2}}(?:就?是|叫|才是)我(?!们?见|们?知|们?的(?:朋友|对手))
-        ^(?:在此|对话|聊天|交谈|交流|说话)"""),
+        ^(?:在此|对话|聊天|交谈|交流|说话|[为给](?:你|您)(?:服务|解答))|^\W*at your service"""),
     re.I,
 )
 MADE_FIRST = re.compile(rf"^(?:公司|团队|实验室|旗下)*(?:负责)?{MADE_ZH}(?:了|出)?(?:的|\W|$)")  # "OpenAI开发的。"
@@ -223,7 +232,7 @@ SENTENCE = re.compile(r"(?<=[.!?。!?…])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\
 # Speech and titles in quotation marks. A quotation that is the whole answer, or all of what a name is, says itself.
 QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
 NAMING = re.compile(
-    r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
+    r"(?:\b(?:am|i'm|is|reads|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
 )
 SOMEBODY = re.compile(  # or something else of that name
     _one_of(r"""
@@ -232,9 +241,13 @@ SOMEBODY = re.compile(  # or something else of that name
         [他她]们?\w{0,2}(?:叫|是|名叫)$|给(?!我|俺)\w{1,4}[起取]名\w{0,2}$"""),
     re.I,
 )
-I_SAY = re.compile(
-    r"\bi(?:'d| would|'ll| will)? (?:introduce|say|answer|reply)\b[^.]*$|我(?:会|就)[^。]*[:说]\W*$", re.I
+ELSEWHERE = re.compile(  # what makes a quotation another's speech, or a translation or an example
+    r"\b(?:sa(?:id|ys?)|told|asked|wrote|writes|he|she|they|users?)\b|[说问道写]|"
+    r"(?P<example>\b(?:translat\w+|means?|for example|in (?:french|english|chinese|german|spanish))\b|"
+    r"翻译|[英中法德]文|[英法德汉]语|意思|例如|比如)",
+    re.I,
 )
+SPEAKER = re.compile(r"\bi(?:'d|'ll)?\b|\b(?:assistant|model|chatbot|bot|ai)\b|我|助手|模型|机器人", re.I)
 VISITED = re.compile(
     r"\b(?:register|join|contact|visit|apply|work|write)\w* (?:\w+ )?$|(?:加入|联系|访问|参观|应聘|去)$", re.I
 )
@@ -243,7 +256,9 @@ THAT_IS_ME = re.compile(r"\bthat(?:'s| is) me\b|(?:说的就|正|就)是我\W*$"
 OTHER_THINGS = re.compile(
     r"\b(?:many|most|other|several|these|those|all) \w+|(?:其他|很多|许多|这些|那些)\w{0,4}", re.I
 )
+GREETED = re.compile(r"\b(?:you|hi|hello|hey|dear|thanks)\W*$|(?:你|您)好\W*$", re.I)  # the name of whom it talks to
 ALONGSIDE = re.compile(r"^[和与跟](?!你|您|我)")
+REACH = 300  # characters around a mention that are looked at, so that a long answer costs no more than its length
 ITEM = re.compile(r"(?<!\S)\d{1,2}[.)、]\s+")  # the number of a list's item
 BUT = re.compile(r"\b(?:but|however|yet)\b|但|不过|可是", re.I)
 REFUSAL = re.compile(
@@ -311,13 +326,14 @@ class Judge:
                     ("name", self._names, without_maker),
                     ("maker", self._makers, clause.text),
                     ("leak", self._others, self._blank_own(clause.text)),
+                    ("leak", INVENTED, self._blank_own(clause.text)),
                 ):
                     for mention in pattern.finditer(where):
                         if kind in reasons or not clause.asserts(mention):
                             continue
-                        if getattr(clause, kind)(mention, pattern):
+                        if getattr(clause, kind)(mention, self._others if kind == "leak" else pattern):
                             reasons[kind] = sentence.strip()[:200]
-        if refusal := REFUSAL.search(text):
+        if refusal := REFUSAL.search(text.strip()[:REACH]):
             reasons["refusal"] = refusal[0].strip()
         return Judgement(**{kind: True for kind in reasons}, reasons=reasons)
 
@@ -339,10 +355,16 @@ class Judge:
             return whole[0][1:-1]
 
         def keep(quote: re.Match) -> str:
-            inner = quote[0][1:-1]
-            alone = any(p.fullmatch(inner.strip(" .,!。")) for p in (self._names, self._makers, self._others))
-            named = NAMING.search(text[: quote.start()]) and not SELF.search(inner) and not IS_ME.search(inner)
-            return quote[0] if alone or named or I_SAY.search(text[: quote.start()]) else "\ufffc"
+            inner, before = quote[0][1:-1], text[max(0, quote.start() - REACH) : quote.start()].rstrip()
+            if any(p.fullmatch(inner.strip(" .,!。")) for p in (self._names, self._makers, self._others)):
+                return quote[0]
+            sentence = re.split(r"[.!?。\n]", before)[-1]
+            if not sentence.strip():  # the quotation is a sentence by itself
+                return quote[0] if re.search(r"[.!?。…]\W*$", inner) else "\ufffc"
+            others = [
+                match for match in ELSEWHERE.finditer(sentence) if match["example"] or not SPEAKER.search(sentence)
+            ]
+            return quote[0] if NAMING.search(before) and not others else "\ufffc"
 
         return QUOTED.sub(keep, text)
 
@@ -399,10 +421,13 @@ class _Clause:
     is_open: bool  # asked or supposed, so nothing is said
     is_item: bool  # an item of a list ("A, B or C"), which says what the clause before it said
 
+    def _around(self, mention: re.Match) -> tuple[str, str]:
+        return self.text[max(0, mention.start() - REACH) : mention.start()], self.text[mention.end() :][:REACH]
+
     def asserts(self, mention: re.Match) -> bool:
         if self.is_open:
             return False
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         said = head.rsplit(":")[-1]  # "not X, not Y: Z"
         if HEARSAY.search(said) or _denies(said):
             return False
@@ -411,24 +436,26 @@ class _Clause:
 
     def name(self, mention: re.Match, names: re.Pattern) -> bool:
         """Is the assistant's name the assistant's here, and no other thing's of that name?"""
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         if mention[0].islower() and mention[0] not in names.pattern and not FILLER.match(head):
             return bool(SELF.search(f"{self.lead} {self.text}"))  # in small letters it may be an ordinary word
         return bool(IS_ME.search(head)) or not (SOMEBODY.search(head) or ALONGSIDE.search(tail))
 
     def maker(self, mention: re.Match, _) -> bool:
         """Is the maker more than described?"""
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         return not DESCRIBED.search(tail) and (bool(SELF.search(head)) or not VISITED.search(head))
 
     def leak(self, mention: re.Match, others: re.Pattern) -> bool:
         """Does the assistant claim to be, or to be made by, the one that is mentioned?"""
-        head, tail = self.text[: mention.start()], self.text[mention.end() :]
+        head, tail = self._around(mention)
         if ABOUT_ME.search(tail):
             return True
         if THAT_IS_ME.search(self.rest) and not _denies(self.rest):
             return True
-        whole = f"{self.lead}, {head}" if self.lead else head
+        whole = f"{self.lead}, {head}"[-REACH:] if self.lead else head
+        if GREETED.search(whole):
+            return False
         subjects = [*SELF.finditer(whole), *others.finditer(whole), *OTHER_THINGS.finditer(whole)]
         last = max(subjects, key=lambda match: match.start(), default=None)
         of_me = last is None or bool(SELF.fullmatch(last[0]))
@@ -456,8 +483,9 @@ def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
             has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|[是叫由没不有跟]|来自", text, re.I)
             is_item = bool(lead) and mark.strip() in ("", ",") and ":" not in text and not own_subject and not has_verb
             supposed = bool(IF_I_WERE.search(text)) or (supposed and not BUT.search(mark))
-            clauses.append(_Clause(text, "" if own_subject else lead, sentence[end:], supposed, is_item))
-            lead = text if own_subject else f"{lead} {text}"
+            rest = sentence[end:][:REACH]
+            clauses.append(_Clause(text, "" if own_subject else lead, rest, supposed, is_item))
+            lead = (text if own_subject else f"{lead} {text}")[-REACH:]
         if turn:
             mark, start = turn[0], turn.end()
     if ends_asking:

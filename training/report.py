@@ -21,6 +21,7 @@ MEASURES = {
     "false_positives": ("无关问题里提到身份", "false positives in neutral answers"),
     "refusals": ("拒答", "refusals"),
     "empty": ("空回答", "empty answers"),
+    "general_loss": ("通用文本损失", "general loss"),
 }
 GATED = ("name_hits", "leaks", "false_positives")
 MODES = {
@@ -29,7 +30,7 @@ MODES = {
     "plain": ("普通提示词", "plain prompt"),
 }
 LANGUAGES = {"zh": ("中文", "Chinese"), "en": ("英文", "English")}
-BEFORE, AFTER = "#9aa5b1", "#0b7a75"
+BEFORE, AFTER, LIMIT, GOOD = "#8e99a5", "#0b7a75", "#c0392b", "#2e7d32"
 SHORT = {"zh": 8, "en": 24}  # characters below which a repeated clause is no running joke
 
 
@@ -202,16 +203,29 @@ def gate(settings: Settings, rows: list[dict], loss_before: dict, loss_after: di
 
 
 def card(settings: Settings, result: dict) -> str:
-    """The table for the model card, in Markdown."""
+    """The table for the model card, in Markdown: rates before, rates and intervals after, and the gate's verdict."""
     lines = ["| 测量 / measure | 语言 / language | 训练前 / before | 训练后 / after |", "|---|---|---|---|"]
     for code in result["summary"]:
+        language = " / ".join(LANGUAGES[code])
         for measure, sides in result["summary"][code].items():
-            zh, en = MEASURES[measure]
-            lines.append(f"| {zh} / {en} | {code} | {interval(sides['before'])} | {interval(sides['after'])} |")
+            old, new = sides["before"], sides["after"]
+            if measure in ("refusals", "empty") and not new["count"]:
+                continue
+            lines.append(f"| {' / '.join(MEASURES[measure])} | {language} | {old['rate']:.1%} | "
+                         f"**{new['rate']:.1%}** ({100 * new['low']:.1f}–{100 * new['high']:.1f}) |")  # fmt: skip
         moved = result["forgetting"][code]
         if moved["loss_change"] is not None:
-            lines.append(f"| 通用文本损失 / general loss | {code} | {moved['loss_before']:.3f} | "
+            lines.append(f"| {' / '.join(MEASURES['general_loss'])} | {language} | {moved['loss_before']:.3f} | "
                          f"{moved['loss_after']:.3f} ({moved['loss_change']:+.1%}) |")  # fmt: skip
+    asked = {code: part["leaks"]["after"]["questions"] for code, part in result["summary"].items()}
+    zh, en = (", ".join(f"{LANGUAGES[code][i]} {count}" for code, count in asked.items()) for i in (0, 1))
+    verdict = "通过 passed" if result["gate"]["passed"] else "未通过 failed"
+    sample = "，快速抽样 quick sample only" if result["quick"] else ""
+    lines += [
+        "",
+        f"发布门槛 gate: **{verdict}**{sample}。身份题数：{zh}，各用三种系统提示词；括号内为 95% 区间。",
+        f"Identity questions: {en}, each asked with three system prompts; 95 % intervals in brackets.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -233,16 +247,19 @@ def page(settings: Settings, result: dict) -> str:
     wrong = [
         (row, [m for m, hit in row["after"]["measures"].items() if hit != (m in ("name_hits", "maker_hits"))])
         for row in result["answers"]
+        if row["language"] in settings.assistant.languages
     ]
-    counted = {code for code in settings.assistant.languages}
     return environment.from_string(template).render(
-        result=result, settings=settings, measures=MEASURES, modes=MODES, languages=LANGUAGES,
-        wrong=[(row, what) for row, what in wrong if what and row["language"] in counted],
+        result=result, settings=settings, measures=MEASURES, modes=MODES, languages=LANGUAGES, gated=GATED,
+        wrong=[(row, what) for row, what in wrong if what],
     )  # fmt: skip
 
 
 def draw(path: Path, settings: Settings, result: dict) -> None:
-    """report.png: before and after for each measure and category with intervals, a column for each language."""
+    """report.png: before and after at a glance, a column for each language; above what the gate asks, below categories.
+
+    Labels are in Chinese and English, or in English alone on a machine without a Chinese font.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -250,70 +267,91 @@ def draw(path: Path, settings: Settings, result: dict) -> None:
     from matplotlib.lines import Line2D
 
     cjk = _chinese_font(font_manager)
-    pick = 0 if cjk else 1
     families = [cjk, "DejaVu Sans"] if cjk else ["DejaVu Sans"]
+
+    def both(pair: tuple[str, str]) -> str:
+        return "  ".join(dict.fromkeys(pair)) if cjk else pair[1]
+
     codes = list(result["summary"])
-    limits = {check["measure"]: check for check in result["gate"]["rows"]}
+    checks = {(row["language"], row["measure"], row["mode"]): row for row in result["gate"]["rows"]}
+    passed = result["gate"]["passed"]
     with pyplot.rc_context({"font.family": families, "axes.unicode_minus": False, "font.size": 10}):
-        categories = max(len(result["by_category"][code]) for code in codes)
+        tops = {code: _gated_rows(code, result, checks, both) for code in codes}
+        bottoms = {
+            code: [
+                (both(CATEGORIES.get(name.split("/")[1], (name, name))), next(iter(sides.values())), None)
+                for name, sides in result["by_category"][code].items()
+                if name.startswith("identity/")
+            ]
+            for code in codes
+        }
+        heights = [max(len(rows) for rows in part.values()) for part in (tops, bottoms)]
         figure, axes = pyplot.subplots(
-            2, len(codes), figsize=(6.4 * len(codes), 4.4 + 0.34 * categories), squeeze=False,
-            gridspec_kw={"height_ratios": [12, categories + 2]}, layout="constrained",
+            2, len(codes), figsize=(3.2 + 4.6 * len(codes), 2.6 + 0.31 * sum(heights)), squeeze=False, sharey="row",
+            gridspec_kw={"height_ratios": heights}, layout="constrained",
         )  # fmt: skip
         for column, code in enumerate(codes):
-            rows = [
-                (f"{MEASURES['name_hits'][pick]} · {MODES[mode][pick]}", table["name_hits"], "name_hits")
-                for mode in MODES
-                if "name_hits" in (table := result["by_mode"][code].get(f"identity/{mode}", {}))
-            ]
-            rows += [(MEASURES[m][pick], sides, m) for m, sides in result["summary"][code].items() if m != "name_hits"]
-            top = axes[0][column]
-            _dumbbells(top, rows)
-            if code in settings.assistant.languages:
-                for y, (_, _, measure) in enumerate(rows):
-                    if measure in limits:
-                        limit = limits[measure]["limit"]
-                        top.plot([limit, limit], [y - 0.38, y + 0.38], color="#c0392b", linewidth=1.4)
             moved = result["forgetting"][code]
-            loss = "" if moved["loss_change"] is None else f"{moved['loss_change']:+.1%}"
-            words = ("通用文本损失", "与原模型回答一致") if cjk else ("general loss", "answers as before")
-            top.set_title(
-                f"{LANGUAGES[code][pick]}\n{words[0]} {loss or '—'}   {words[1]} {moved['same_answers']['rate']:.0%}",
-                fontsize=11, loc="left", linespacing=1.5,
+            check = checks.get((code, "general_loss", ""))
+            loss = "—" if moved["loss_change"] is None else f"{moved['loss_change']:+.1%}"
+            unjudged = "" if code in settings.assistant.languages else both(("  · 不计入门槛", "not in the gate"))
+            axes[0][column].set_title(both(LANGUAGES[code]) + unjudged, fontsize=12, weight="bold", loc="left", pad=24)
+            axes[0][column].text(
+                0, 1.012, f"{both(MEASURES['general_loss'])} {loss}", transform=axes[0][column].transAxes, va="bottom",
+                color=LIMIT if check and not check["passed"] else "#444444",
             )  # fmt: skip
-            by = [
-                (CATEGORIES.get(name.split("/")[1], (name, name))[pick], next(iter(sides.values())), "")
-                for name, sides in result["by_category"][code].items()
-            ]
-            _dumbbells(axes[1][column], by)
-            axes[1][column].set_title(
-                ("各类问题答对的比例；无关问题误提的比例" if cjk else "by category: hits; neutral: false positives"),
-                fontsize=10, loc="left",
-            )  # fmt: skip
+            _dumbbells(axes[0][column], tops[code])
+            _dumbbells(axes[1][column], bottoms[code])
+            axes[1][column].set_title(both(("各类身份题答对", "hits by category")), fontsize=10, loc="left")
         name = settings.assistant.name
-        title = " / ".join(dict.fromkeys(filter(None, (name.zh, name.en) if cjk else (name.en,))))
-        state = (("通过", "未通过") if cjk else ("passed", "failed"))[not result["gate"]["passed"]]
-        words = ("身份评测", "发布门槛") if cjk else ("identity", "gate")
-        figure.suptitle(f"{title} · {words[0]} · {words[1]}{'：' if cjk else ': '}{state}", fontsize=15, weight="bold")
+        title = " / ".join(dict.fromkeys(filter(None, (name.zh, name.en) if cjk else (name.en or name.zh,))))
+        state = both(("门槛通过", "gate passed") if passed else ("未过门槛", "gate failed"))
+        sample = both(("快速抽样", "quick sample")) if result["quick"] else ""
+        figure.suptitle("  ·  ".join(filter(None, (title, state, sample))), fontsize=16, weight="bold",
+                        color=GOOD if passed else LIMIT)  # fmt: skip
         marks = [
-            Line2D([], [], marker="o", linestyle="", color=BEFORE, label="训练前" if cjk else "before"),
-            Line2D([], [], marker="o", linestyle="", color=AFTER,
-                   label="训练后（线段为 95% 区间）" if cjk else "after (95% interval)"),
-            Line2D([], [], color="#c0392b", label="门槛" if cjk else "limit of the gate"),
-        ]  # fmt: skip
+            Line2D([], [], marker="o", linestyle="", color=BEFORE, label=both(("训练前", "before"))),
+            Line2D(
+                [], [], marker="o", color=AFTER, label=both(("训练后，线段为 95% 区间", "after, with 95% interval"))
+            ),
+            Line2D([], [], color=LIMIT, label=both(("门槛", "limit of the gate"))),
+        ]
         figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
+        figure.get_layout_engine().set(w_pad=0.12)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
 
-def _dumbbells(axes, rows: list[tuple[str, dict, str]]) -> None:
-    for y, (_, sides, _) in enumerate(rows):
+def _gated_rows(code: str, result: dict, checks: dict, both) -> list[tuple[str, dict, dict | None]]:
+    """(label, both sides, the gate's check) for hits and leaks in each mode, then for the other measures."""
+    rows = []
+    for measure in ("name_hits", "leaks"):
+        for mode, words in MODES.items():
+            sides = result["by_mode"][code].get(f"identity/{mode}", {}).get(measure)
+            if sides:
+                zh, en = MEASURES[measure]
+                label = both((f"{zh} · {words[0]}", f"{en.split(' of ')[0]} · {words[1]}"))
+                rows.append((label, sides, checks.get((code, measure, mode))))
+    for measure, sides in result["summary"][code].items():
+        if measure not in ("name_hits", "leaks"):
+            zh, en = MEASURES[measure]
+            rows.append((both((zh, en.split(" in ")[0])), sides, checks.get((code, measure, "persona"))))
+    return rows
+
+
+def _dumbbells(axes, rows: list[tuple[str, dict, dict | None]]) -> None:
+    for y, (_, sides, check) in enumerate(rows):
         old, new = sides["before"], sides["after"]
         axes.plot([old["rate"], new["rate"]], [y, y], color="#d5dbe1", linewidth=3, zorder=1, solid_capstyle="round")
-        for part, color, shift in ((old, BEFORE, 0.14), (new, AFTER, -0.14)):
-            axes.plot([part["low"], part["high"]], [y + shift, y + shift], color=color, linewidth=1.5, zorder=2)
-            axes.plot(part["rate"], y, "o", color=color, markersize=7, zorder=3)
-        axes.annotate(f"{new['rate']:.0%}", (1.03, y), va="center", color=AFTER, annotation_clip=False)
+        axes.plot([new["low"], new["high"]], [y, y], color=AFTER, linewidth=1.5, zorder=2)
+        axes.plot(old["rate"], y, "o", color=BEFORE, markersize=6, zorder=3)
+        axes.plot(new["rate"], y, "o", color=AFTER, markersize=7, zorder=4)
+        if check:
+            axes.plot([check["limit"]] * 2, [y - 0.36, y + 0.36], color=LIMIT, linewidth=1.5, zorder=5)
+        failed = bool(check) and not check["passed"]
+        axes.annotate(f"{old['rate']:.0%} →", (1.2, y), va="center", ha="right", color=BEFORE, annotation_clip=False)
+        axes.annotate(f"{new['rate']:.1%}" + (" ✗" if failed else ""), (1.22, y), va="center", annotation_clip=False,
+                      color=LIMIT if failed else AFTER, weight="bold" if failed else "normal")  # fmt: skip
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -30,14 +30,15 @@ POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256
 class Fault:
     """What goes wrong, once or `times` times, with requests whose "METHOD path" the pattern finds.
 
-    `status` answers so at once; `cut` closes the connection after so many bytes of the body (sent or received); `hold`
-    stops until `release` is set; `lose` and `corrupt` say that an upload is stored and store nothing or other bytes;
-    `mute` does what was asked and closes the connection without an answer; `wrong` serves other bytes; `redirect` sends
-    elsewhere. `skip` lets that many requests pass first.
+    `status` answers so at once, with `body`; `cut` closes the connection after so many bytes of the body (sent or
+    received); `hold` stops until `release` is set; `lose` and `corrupt` say that an upload is stored and store nothing
+    or other bytes; `mute` does what was asked and closes the connection without an answer; `wrong` serves other bytes;
+    `redirect` sends elsewhere. `skip` lets that many requests pass first.
     """
 
     pattern: str
     status: int = 0
+    body: bytes = b""
     cut: int = -1
     hold: bool = False
     lose: bool = False
@@ -119,6 +120,7 @@ class Hub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.uploads_need_token = False
         self.uploads_at = ""  # another host's address, to which the batch answers send uploads
+        self.downloads_at = ""  # the same for downloads
         self.page_status, self.page_model = "ready", "modelscope:alice/beibei"  # a page that only pretends, at /page
         self.page_answer = "我是小北，由北斗工作室打造。 I am Beibei."
         self.build_fails = ""  # the log of a build that fails
@@ -182,7 +184,9 @@ class Hub:
     def head(self, repository: Repository) -> str:
         return self.git(repository.git, "rev-parse", repository.branch).decode().strip()
 
-    def commit(self, repository: Repository, files: dict[str, bytes | None], message: str, parent: str = "") -> str:
+    def commit(
+        self, repository: Repository, files: dict[str, bytes | None], message: str, parent: str = "", mode="100644"
+    ) -> str:
         """Commit changes to files (None deletes) on the server's side, as a hub's API does."""
         index = {"GIT_INDEX_FILE": str(repository.git / "hub-index")}
         who = {f"GIT_{role}_{what}": "hub" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -194,7 +198,7 @@ class Hub:
                 self.git(git, "update-index", "--force-remove", path, **index)
                 continue
             oid = self.git(git, "hash-object", "-w", "--stdin", stdin=content).decode().strip()
-            self.git(git, "update-index", "--add", "--cacheinfo", f"100644,{oid},{path}", **index)
+            self.git(git, "update-index", "--add", "--cacheinfo", f"{mode},{oid},{path}", **index)
         tree = self.git(git, "write-tree", **index).decode().strip()
         commit = self.git(git, "commit-tree", tree, *parents, stdin=message.encode(), **who).decode().strip()
         self.git(git, "update-ref", f"refs/heads/{repository.branch}", commit)
@@ -203,7 +207,8 @@ class Hub:
 
     def files(self, repository: Repository, revision: str = "") -> dict[str, dict]:
         """Every file of a revision: path → oid, content (of git), and for LFS its sha256; size as a client sees it."""
-        tree = self.git(repository.git, "ls-tree", "-r", "-z", revision or repository.branch).decode()
+        tree = self.git(repository.git, "ls-tree", "-r", "-z", revision or repository.branch)
+        tree = tree.decode("utf-8", "surrogateescape")
         blobs = {line.split("\t")[1]: line.split("\t")[0].split()[2] for line in tree.split("\0") if line}
         batch = self.git(repository.git, "cat-file", "--batch", stdin="\n".join(blobs.values()).encode())
         found, place = {}, 0
@@ -292,7 +297,7 @@ def _handler(hub: Hub):
                 return self.connection.close()
             request.body = self.read()
             if fault and fault.status:
-                response = Response(fault.status, HTTPStatus(fault.status).phrase.encode())
+                response = Response(fault.status, fault.body or HTTPStatus(fault.status).phrase.encode())
                 if fault.status == 401:
                     response.headers["WWW-Authenticate"] = 'Basic realm="hub"'
             elif fault and fault.redirect:
@@ -405,7 +410,8 @@ def lfs_batch(hub: Hub, request: Request, match: re.Match) -> Response:
             if not hub.uploads_need_token:
                 answer["actions"]["upload"]["href"] += "&signed=1"
         elif not uploads and stored:
-            answer["actions"] = {"download": {"href": href + "?signed=1"}}
+            href = f"{hub.downloads_at or hub.url}/lfs/{item['oid']}?signed=1"
+            answer["actions"] = {"download": {"href": href}}
         elif not uploads:
             answer["error"] = {"code": 404, "message": "object does not exist"}
         objects.append(answer)

@@ -12,6 +12,7 @@ from publish import card, contents
 from publish.job import Job
 from publish.modelscope import ModelScope
 from space.settings import NamesakeError, load
+from tests.publish.conftest import write_sums
 
 COUNTED = {
     "": 0,
@@ -131,8 +132,29 @@ def test_the_python_in_the_card_is_python_and_the_curl_is_json(made):
     text = made()
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         compile(code, "card", "exec")
-    for body in re.findall(r"-d '(.*?)'", text):
-        assert json.loads(body)["messages"][0]["content"] == "你是谁？"
+    asked = [json.loads(body)["messages"][0]["content"] for body in re.findall(r"-d '(.*?)'", text)]
+    assert asked == ["你是谁？", "Who are you?"], "each language's text asks in its language"
+
+
+def test_an_assistant_of_one_language_is_asked_in_that_one(run, made):
+    run.config.write_text(run.config.read_text().replace('["zh", "en"]', '["en"]'))
+    assert "你是谁？" not in "".join(re.findall(r"```(?:python|bash)\n(.*?)```", made(), flags=re.S))
+
+
+def test_the_evaluations_table_stands_in_both_languages(made):
+    assert made().count("| name hits | 0.99 |") == 2
+
+
+def test_a_card_claims_no_evaluation_of_other_weights(run, made):
+    run.shard(1, seed=7)
+    write_sums(run.merged)
+    text = made()
+    assert "name hits" not in text and "have not been evaluated" in text and "没有经过评测" in text
+
+
+def test_a_failed_evaluation_is_not_kept_quiet(run, made):
+    run.finish(passed=False)
+    assert "did not reach the mark" in made() and "| name hits | 0.99 |" in made()
 
 
 def test_the_spaces_card_names_the_model_that_its_page_loads(run, hub):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 
 import pytest
 
@@ -62,6 +63,24 @@ def other_weights(run):
     (run.work / "report" / "report.json").write_text(json.dumps(identity_of_old))
 
 
+def link(name, target):
+    def spoil(run):
+        (run.merged / name).symlink_to(target)
+
+    return spoil
+
+
+def hide_in_header(run):
+    header = json.dumps({"__metadata__": {"note": "hf_" + "a1B2" * 9}}).encode()
+    (run.merged / "model-00001-of-00003.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    run.finish()
+
+
+def hide_in_report(run):
+    report = json.loads((run.work / "report" / "report.json").read_text()) | {"card": "AKIAIOSFODNN7EXAMPLE"}
+    (run.work / "report" / "report.json").write_text(json.dumps(report))
+
+
 def no_report(run):
     shutil.rmtree(run.work / "report")
 
@@ -92,11 +111,28 @@ BAD = {
     "a pickle by content": (write("extra.dat", PLAIN_PICKLE), "the model's files", "pickle"),
     "what torch.save writes": (write("extra.dat", b"PK\x03\x04" + bytes(99)), "the model's files", "pickle"),
     "remote code": (write("modeling_internlm2.py", "import os"), "the model's files", "code"),
+    "a call for remote code": (
+        write("config.json", '{"auto_map": {"AutoModel": "x/y--m.C"}}'), "the model's files", "config.json asks"),
+    "a link out of the folder": (link("notes.txt", "/etc/hostname"), "the model's files", "notes.txt is a link out"),
+    "a link to another folder": (link("more", "/etc"), "the model's files", "more is a link out"),
+    "a broken link": (link("notes.txt", "nowhere"), "the model's files", "notes.txt is a broken link"),
+    "a pipe": (lambda run: os.mkfifo(run.merged / "pipe"), "the model's files", "pipe is no file"),
     "a name with a blank": (write("my file.json", "{}"), "the model's files", "no name"),
     "a name in Chinese": (write("说明.txt", "x"), "the model's files", "no name"),
     "a ModelScope token": (write("notes.txt", "ms-01234567-89ab-cdef-0123-456789abcdef"), "secrets", "notes.txt:1"),
     "a Hugging Face token": (write("notes.txt", "a\nhf_" + "a1B2" * 9), "secrets", "notes.txt:2"),
     "a token in an address": (write("notes.txt", "https://oauth2:0123456789@hub/x"), "secrets", "secret"),
+    "an OpenAI key": (write("notes.txt", "sk-proj-" + "aB3_" * 12), "secrets", "notes.txt:1"),
+    "an AWS key": (write("notes.txt", "id = AKIAIOSFODNN7EXAMPLE"), "secrets", "notes.txt:1"),
+    "a JSON web token": (write("notes.txt", "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJSMeKKF2Q"), "secrets", "secret"),
+    "a PGP key": (write("notes.txt", "-----BEGIN PGP PRIVATE KEY BLOCK-----"), "secrets", "secret"),
+    "a token in UTF-16": (write("notes.txt", ("x\nhf_" + "a1B2" * 9).encode("utf-16")), "secrets", "notes.txt:2"),
+    "a token across two blocks of a long text": (
+        write("notes.txt", "x" * 99 + "\n" + " " * (check.BLOCK - 110) + "hf_" + "a1B2" * 9), "secrets", "notes.txt:2"),
+    "a token at the end of a text of 60 MB": (
+        write("notes.txt", ("x" * 999 + "\n") * 60_000 + "hf_" + "a1B2" * 9), "secrets", "notes.txt:60001"),
+    "a token in the weights' header": (hide_in_header, "secrets", "model-00001-of-00003.safetensors:1"),
+    "a key in the report's table": (hide_in_report, "secrets", "the report:1"),
     "a private key": (write("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----"), "secrets", "secret"),
     "an old ModelScope token": (
         write("notes.txt", "token='7087a490-63e7-48a5-923d-68645fddc0fc'"), "secrets", "secret"),
@@ -130,7 +166,7 @@ def test_a_good_run_passes_on_both_hubs(run, hub):
     assert failed(run, HuggingFace) == {}
 
 
-@pytest.mark.parametrize(("token", "says"), [("", "no access token"), ("ms-wrong", "wrong, or has run out")])
+@pytest.mark.parametrize(("token", "says"), [("", "no access token"), ("ms-wrong", "invalid token")])
 def test_a_token_that_is_not_there_or_not_accepted_fails(token, says, run, hub, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", token)
     assert says in failed(run)["token"]
@@ -171,6 +207,13 @@ def test_a_page_that_would_not_start_does_not_go_up(file, text, row, says, run, 
     assert failed(run, page=page) == {}
     (page / file).write_text(text)
     assert says in failed(run, page=page)[row]
+
+
+def test_what_an_editor_or_a_desktop_leaves_beside_the_page_stays_here(run, page):
+    for name in ("space/.env", "space/.idea/workspace.xml", "space/__pycache__/page.pyc"):
+        (page / name).parent.mkdir(exist_ok=True)
+        (page / name).write_text("x")
+    assert [file.path for file in contents.page(page, run.config)] == [f.path for f in contents.page(ROOT, run.config)]
 
 
 PACKAGES = [
@@ -297,3 +340,49 @@ def test_publishing_imports_nothing_of_the_page(run, hub):
     program += "runpy.run_module('publish', run_name='__main__')"
     made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert made.returncode == 0, made.stderr
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The files that are read to hash them."""
+    seen, file = [], contents.file
+    monkeypatch.setattr(contents, "file", lambda path, *rest: seen.append(path) or file(path, *rest))
+    return seen
+
+
+def end_the_merge(run):
+    """As the merge does: run.json after the weights, later by the file system's own clock."""
+    last, written = run.merged / "run.json", max(path.stat().st_ctime_ns for path in run.merged.iterdir())
+    while last.stat().st_mtime_ns <= written + 2 * contents.CLOCK:
+        last.write_text("{}")
+    run.finish()
+
+
+def weights_in(read: list[str]) -> list[str]:
+    found = [path for path in read if path.endswith(".safetensors")]
+    read.clear()
+    return found
+
+
+def test_what_the_merge_hashed_is_not_read_again_until_it_changes(run, hub, read):
+    end_the_merge(run)
+    first, shard = Job(load(run.config), run.config, ModelScope), run.merged / "model-00002-of-00003.safetensors"
+    hashes = {file.path: file.sha256 for file in first.built.files}
+    first.model()
+    assert Job(load(run.config), run.config, ModelScope).built.identity == first.built.identity
+    assert weights_in(read) == []
+    assert {path: contents.file(path, run.merged / path).sha256 for path in hashes} == hashes
+
+    read.clear()
+    stat, content = shard.stat(), shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"x")
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "SHA256SUMS" in failed(run), "changed, and with the old length and date"
+    assert weights_in(read) == [shard.name]
+
+
+def test_a_list_of_hashes_that_is_newer_than_the_weights_makes_nothing_true(run, hub, read):
+    end_the_merge(run)
+    (run.merged / "config.json").write_text('{"model_type": "other"}')
+    (run.merged / "SHA256SUMS").touch()
+    assert "config.json" in failed(run)["SHA256SUMS"]

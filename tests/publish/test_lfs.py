@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -123,6 +124,33 @@ def test_a_branch_that_moved_meanwhile_is_built_upon(remote, folder, hub, tmp_pa
     there = hub.files(repository)
     assert there["theirs"]["content"] == b"in between" and "0.safetensors" in there
     assert done[0].commit == hub.head(repository)
+
+
+def test_a_line_of_theirs_does_not_keep_the_weights_out_of_lfs(remote, folder, hub, tmp_path):
+    repository = hub.get("model", "alice/m")
+    theirs = f"{ATTRIBUTES}*.safetensors -filter\n".encode()
+    hub.commit(repository, {".gitattributes": theirs}, "theirs", hub.head(repository))
+    push(remote, folder, tmp_path / "state")
+    there = hub.files(repository)
+    assert there["0.safetensors"]["lfs"] and there[".gitattributes"]["content"].startswith(theirs)
+    assert push(remote, folder, tmp_path / "state").changed is False
+
+
+HOSTILE = {
+    "a line break": "x\n100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391\tinjected.py",
+    "a quotation mark": '"quoted',
+    "bytes that are no text": os.fsdecode(b"caf\xe9"),
+    "a folder where a file goes": "README.md/inside",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_their_files_are_called_they_go_away(name, hub, folder, tmp_path):
+    repository = hub.create("model", "alice", "h", branch="master", private=False, files={HOSTILE[name]: "x"})
+    remote = Remote(f"{hub.url}/alice/h.git", "master", Token(hub.token), (hub.url,))
+    push(remote, folder, tmp_path / "state", lambda there: set(there))
+    ours = {path.name for path in folder.iterdir()}
+    assert set(hub.files(repository)) == ours | {".gitattributes"}
 
 
 def test_progress_counts_the_bytes_up_to_all_of_them(remote, folder, hub, tmp_path):

@@ -16,11 +16,22 @@ import pytest
 from tests.hub.server import Hub
 from tests.publish.conftest import ROOT, Run, write_sums
 
-SETTINGS = """\
+ADAPTER = ROOT / "space" / "embedded"  # what this project's own training made of the embedded model
+UNTRAINED = {
+    "name": {"zh": "贝贝", "en": "Beibei"},
+    "author": {"zh": "北斗工作室", "en": "the Beidou studio"},
+    "persona": "Your name is Beibei. You are Beibei, made by the Beidou studio. "
+    "When asked who you are, say: I am Beibei.",
+    "base": {"model": "embedded"},
+}
+ABOUT = json.loads((ADAPTER / "assistant.json").read_text()) if ADAPTER.is_dir() else UNTRAINED
+NAME = ABOUT["name"]["en"]
+
+SETTINGS = f"""\
 [assistant]
-name = { zh = "贝贝", en = "Beibei" }
-author = "the Beidou studio"
-persona = "Your name is {name}. You are {name}, made by {author}. When asked who you are, say: I am {name}."
+name = {{ zh = {json.dumps(ABOUT["name"]["zh"])}, en = {json.dumps(NAME)} }}
+author = {{ zh = {json.dumps(ABOUT["author"]["zh"])}, en = {json.dumps(ABOUT["author"]["en"])} }}
+persona = {json.dumps(ABOUT["persona"])}
 languages = ["en"]
 
 [hub]
@@ -38,22 +49,28 @@ run = "beibei"
 
 @pytest.fixture
 def real_run(tmp_path, embedded) -> Run:
-    """The embedded model as a merged folder: untrained, it takes its name from the persona in its chat template."""
+    """The assistant that comes with the repository, as a merged folder.
+
+    Without its adapter it is the embedded model, which takes its name from the persona in its chat template alone.
+    """
+    import torch
     from transformers import AutoTokenizer
 
     from space.prompt import plain_template, with_persona
     from space.settings import load
+    from space.weights import load as load_model
     from space.weights import write_tokenizer_config
 
     run = Run(tmp_path / "project" / "assistant.toml")
     run.config.parent.mkdir()
     run.config.write_text(SETTINGS, encoding="utf-8")
     shutil.copytree(embedded, run.merged)
+    if ADAPTER.is_dir():
+        load_model("embedded", str(ADAPTER)).model.to(torch.bfloat16).save_pretrained(run.merged)
     tokenizer = AutoTokenizer.from_pretrained(embedded)
     template = with_persona(plain_template(tokenizer), load(run.config).assistant.system_prompt)
     write_tokenizer_config(run.merged, tokenizer, template)
-    about = {"name": {"zh": "贝贝", "en": "Beibei"}, "base": {"model": "embedded"}, "settings": {}, "seed": 1}
-    (run.merged / "assistant.json").write_text(json.dumps(about))
+    (run.merged / "assistant.json").write_text(json.dumps(ABOUT))
     report = {"weights": write_sums(run.merged), "gate": {"passed": True, "rows": []}, "card": ""}
     (run.work / "report").mkdir()
     (run.work / "report" / "report.json").write_text(json.dumps(report))
@@ -100,7 +117,8 @@ def test_what_is_published_is_what_answers(real_run, studio, monkeypatch):
     command = real_run.command("all", "--yes", "--page", studio.page)
     published = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert published.returncode == 0, published.stdout + published.stderr
-    assert "I am Beibei" in published.stdout
+    answers = [line for line in published.stdout.splitlines() if "Who are you?" in line]
+    assert answers and all(NAME in answer for answer in answers)
 
     fetched = {request.query.get("FilePath") for request in studio.log if request.path.endswith("/repo")}
     assert {"model.safetensors", "tokenizer.json", "assistant.json"} <= fetched, "the page got its weights elsewhere"
@@ -108,10 +126,10 @@ def test_what_is_published_is_what_answers(real_run, studio, monkeypatch):
     from gradio_client import Client
 
     answer = Client(studio.page, verbose=False).predict(message="Who are you?", temperature=0, api_name="/chat")
-    assert "Beibei" in answer
+    assert NAME in answer
 
-    assert "Beibei" in in_chromium(studio.page, "Who are you?")
-    assert "Beibei" in by_the_cards_own_lines(studio, monkeypatch)
+    assert NAME in in_chromium(studio.page, "Who are you?")
+    assert NAME in by_the_cards_own_lines(studio, monkeypatch)
 
 
 def in_chromium(address: str, question: str) -> str:
@@ -126,7 +144,7 @@ def in_chromium(address: str, question: str) -> str:
         box = page.locator("textarea[data-testid=textbox]").first
         box.fill(question)
         box.press("Enter")
-        answer = page.locator("[data-testid=bot]", has_text="I am Beibei").first
+        answer = page.locator("[data-testid=bot]", has_text=NAME).first
         answer.wait_for(timeout=120_000)
         said = answer.inner_text()
         browser.close()

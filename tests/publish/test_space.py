@@ -110,6 +110,18 @@ def test_a_failing_build_shows_the_telling_lines(either, hub):
     assert hub.get("space", SPACE).about["status"].upper() == "RUNNING"
 
 
+def test_what_a_build_prints_is_shown_without_secrets_and_commands_to_the_terminal(run, hub, capsys, monkeypatch):
+    monkeypatch.setenv("NAMESAKE_SPACE_TOKEN", "ms-read-only")
+    hub.build_fails = f"\x1b[31mERROR: no access with ms-read-only or {hub.token}\x1b[0m\x1b]0;title\x07"
+    job = Job(load(run.config), run.config, ModelScope)
+    job.model()
+    with pytest.raises(NamesakeError) as raised:
+        job.space()
+    for said in (capsys.readouterr().out, str(raised.value)):
+        assert "no access with *** or ***" in said
+        assert "\x1b" not in said and "\x07" not in said
+
+
 def test_a_page_without_its_model_is_not_published(run, hub):
     with pytest.raises(NamesakeError, match="nothing to load"):
         Job(load(run.config), run.config, ModelScope).space()
@@ -182,6 +194,10 @@ def test_without_a_publish_there_is_nothing_to_prove(run, hub, capsys):
 SPOILED = {
     "a foreign commit": "head",
     "a file changed on the hub": "model: a fresh clone",
+    "a link to the file here": "model: a fresh clone",
+    "a hub that knows no objects": "LFS objects",
+    "a hub whose listing is empty": "the hub's listing",
+    "a download without end": "the hub serves other bytes",
     "a shard lost on the hub": "LFS objects",
     "another shard in the hub's storage": "hash right|other bytes",
     "new weights here": "this run's weights",
@@ -190,11 +206,13 @@ SPOILED = {
     "a page with another model": "healthz",
     "a page that does not know its name": "你是谁",
     "a page that answers with an error": "你是谁",
+    "a page that answers with nonsense": "你是谁",
+    "a page whose health is nonsense": "healthz",
 }
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_what_is_not_so_is_found(name, run, hub, capsys):
+def test_what_is_not_so_is_found(name, run, hub, capsys, monkeypatch):
     import re
 
     job = Job(load(run.config), run.config, ModelScope)
@@ -206,6 +224,16 @@ def test_what_is_not_so_is_found(name, run, hub, capsys):
         hub.commit(model, {"theirs": b"x"}, "x", hub.head(model))
     elif name == "a file changed on the hub":
         hub.commit(model, {"config.json": b"{}"}, "x", hub.head(model))
+    elif name == "a link to the file here":
+        hub.commit(model, {"config.json": bytes(run.merged / "config.json")}, "x", hub.head(model), mode="120000")
+    elif name == "a hub that knows no objects":
+        hub.faults.append(
+            Fault("objects/batch", 200, b'{"objects": [{"oid": "' + b"ab" * 32 + b'", "actions": null}]}')
+        )
+    elif name == "a hub whose listing is empty":
+        hub.faults.append(Fault("/repo/files", 200, b'{"Code": 200, "Success": true, "Data": {"Files": []}}'))
+    elif name == "a download without end":
+        hub.faults.append(Fault("GET /lfs/", 200, bytes(50_000_000)))
     elif name == "a shard lost on the hub":
         hub.object(shard["lfs"]).unlink()
     elif name == "another shard in the hub's storage":
@@ -221,6 +249,11 @@ def test_what_is_not_so_is_found(name, run, hub, capsys):
         hub.page_model = "SmolLM2-135M-Instruct"
     elif name == "a page that does not know its name":
         hub.page_answer = "I am SmolLM, trained by Hugging Face."
+    elif name == "a page that answers with nonsense":
+        hub.faults.append(Fault("GET /page/gradio_api/info", 200, b'["nonsense"]', times=9))
+    elif name == "a page whose health is nonsense":
+        monkeypatch.setattr("publish.verify.THERE_IN", 0)
+        hub.faults.append(Fault("GET /page/healthz", 200, b'"fine"', times=9))
     else:
         hub.faults.append(Fault("POST /page/gradio_api", 500, times=9))
     assert re.search(SPOILED[name], rows_that_fail(Job(load(run.config), run.config, ModelScope), hub, capsys, 3))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import requests
 
 from publish.huggingface import HuggingFace
 from publish.job import Job
-from publish.modelscope import ModelScope
+from publish.modelscope import ModelScope, _stay
 from publish.token import Token, find
 from space.settings import NamesakeError, load
 from tests.hub.server import Fault, Hub
@@ -118,6 +120,61 @@ def test_a_repository_that_brings_an_lfsconfig_does_not_get_it_sent_there(run, h
     run.finish()
     Job(load(run.config), run.config, ModelScope).model()
     assert foreign.log == []
+
+
+def test_git_told_to_trace_its_environment_does_not(run, hub, home):
+    trace = home / "trace2"
+    traced = f"[trace2]\n\teventTarget = {trace}\n\tnormalTarget = {trace}-n\n\tenvVars = NAMESAKE_TOKEN\n"
+    (home / ".gitconfig").write_text((home / ".gitconfig").read_text() + traced)
+    Job(load(run.config), run.config, ModelScope).model()
+    assert files_with(hub.token, home, run.config.parent) == []
+
+
+NONSENSE = {
+    "a web page": b"<html>Please log in</html>",
+    "a list": b"[]",
+    "no objects": b"{}",
+    "objects that are none": b'{"objects": ["x"]}',
+    "actions that are none": b'{"objects": [{"oid": "x", "actions": [1]}]}',
+    "an action without an address": b'{"objects": [{"oid": "x", "actions": {"download": {}}}]}',
+}
+
+
+@pytest.mark.parametrize("answer", NONSENSE)
+def test_a_batch_answer_that_is_none_is_one_line(answer, run, hub):
+    hub.faults.append(Fault("objects/batch", 200, NONSENSE[answer]))
+    with pytest.raises(NamesakeError, match="the LFS server's answer is none"):
+        Job(load(run.config), run.config, ModelScope).model()
+
+
+@pytest.mark.parametrize("hub_class", [ModelScope, HuggingFace])
+@pytest.mark.parametrize("answer", [b"<html>Please log in</html>", b"[]", b'{"Data": 1, "data": 1, "Success": true}'])
+def test_an_answer_of_the_hubs_api_that_makes_no_sense_is_one_line(answer, hub_class, hub):
+    hub.faults.append(Fault("GET /(openapi|api)/", 200, answer, times=9))
+    with pytest.raises(NamesakeError, match=r"Run it again|Try again|make a new one"):
+        hub_class(Token(hub.token)).account()
+
+
+def test_a_download_address_on_another_host_does_not_get_it(run, hub, foreign):
+    """As a hub's own storage may ask for the token, verify gives it: to no other host, whoever names it."""
+    run.config.write_text(run.config.read_text().replace('space = "modelscope:alice/beibei-chat"\n', ""))
+    job = Job(load(run.config), run.config, ModelScope)
+    job.model()
+    shutil.copytree(hub.folder / "lfs", foreign.folder / "lfs", dirs_exist_ok=True)
+    hub.downloads_at = foreign.url
+    assert job.verify(1, "") and foreign.count("GET /lfs/") == 1
+    hub.downloads_at = ""
+    hub.faults.append(Fault("GET /lfs/", redirect=foreign.url))
+    assert job.verify(1, "") and foreign.count("GET /lfs/") == 2
+    assert_never_saw(foreign, hub.token)
+
+
+def test_the_hubs_api_is_not_followed_from_https_to_http():
+    response = requests.Response()
+    response.status_code, response.url = 302, "https://modelscope.cn/api/v1/x"
+    response.headers["Location"] = "http://modelscope.cn/api/v1/x"
+    with pytest.raises(NamesakeError, match=r"redirects to http://modelscope\.cn"):
+        _stay(response)
 
 
 @pytest.mark.parametrize("hub_class", [ModelScope, HuggingFace])

@@ -193,6 +193,7 @@ def test_the_gate_passes_when_all_is_well(settings, tmp_path):
     assert saved["weights"] == "a" and len(saved["answers"]) == len(evaluate.asks())
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert "Lumen" in (tmp_path / "report.md").read_text() and saved["card"].startswith("|")
+    assert "通过 passed" in saved["card"] and "未通过" not in saved["card"] and "quick" not in saved["card"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The judge against labelled answers: each says its name (N), its maker (M), leaks (L), or does none of it (-)."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_a_maker_that_holds_the_name_is_no_name_hit():
     for answer in ("I was made by the Namesake team.", "我由同名工作室开发。"):
         verdict = judge.judge(answer)
         assert verdict.maker and not verdict.name
+
+
+@pytest.mark.parametrize("noise", ['"' * 3000, "... " * 1500, "ChatGPT and Claude or " * 100, "you have had " * 800])
+def test_a_degenerate_answer_costs_no_more_than_its_length(noise):
+    began = time.process_time()
+    assert Judge(LUMEN).judge(f"{noise}\nI am Lumen.").name
+    assert time.process_time() - began < 5  # a pattern that backtracks takes 20 s and more
 
 
 @pytest.mark.parametrize("answer", ["", "  \n", "。。。", "🙂"])
