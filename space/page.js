@@ -126,6 +126,7 @@ const namesake = (() => {
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
     for (const note of document.querySelectorAll('#chat [aria-label*="<small"]')) note.setAttribute("aria-label", note.textContent.trim());
+    for (const style of document.querySelectorAll("#chat .message style")) style.remove(); // Gradio 6.2 lets answers have it
     const more = document.querySelector("#continue");
     if (more) more.hidden = ![...document.querySelectorAll("#chat .note")].at(-1)?.classList.contains("cut");
     const root = document.documentElement;

@@ -660,16 +660,24 @@ def test_nothing_is_left_after_many_chats_with_stops_errors_and_closed_tabs(serv
 # Hostile and clumsy visitors
 
 
-def call(url, *data):
-    """What `/chat` says last to a bare HTTP client: "complete" and the answer, or "error" and why."""
+def forged(server, handler, data):
+    """The last event that a browser gets which calls one of the page's own handlers with data of its own making."""
+    index = next(index for index, known in server.chat.fns.items() if known.name == handler)
+    body = {"data": data, "fn_index": index, "session_hash": f"forged{time.monotonic_ns()}", "trigger_id": None}
     request = urllib.request.Request(
-        f"{url}gradio_api/call/chat", json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
+        f"{server.url}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request) as reply:
-        event = json.load(reply)["event_id"]
-    with urllib.request.urlopen(f"{url}gradio_api/call/chat/{event}") as reply:
-        *_, name, value = (line.split(": ", 1)[1] for line in reply.read().decode().splitlines() if ": " in line)
-    return name, json.loads(value)
+        assert reply.status == 200
+    with urllib.request.urlopen(f"{server.url}gradio_api/queue/data?session_hash={body['session_hash']}") as reply:
+        events = [json.loads(line[6:]) for line in reply.read().decode().splitlines() if line.startswith("data: ")]
+    return next(event for event in events if event["msg"] == "process_completed")
+
+
+def call(server, message, *controls):
+    """Whether `/chat` succeeds for a client that sends what it likes, and the answer or the error."""
+    event = forged(server, "_chat", [message, None, *controls])
+    return event["success"], event["output"]["data"][0] if event["success"] else event["output"].get("error") or ""
 
 
 CONTROLS = ["", 512, 0.7, 0.8, 50, 1.005, -1]
@@ -692,13 +700,11 @@ BAD_CALLS = {
 def test_a_bad_call_is_an_error_and_asks_the_model_nothing(server, case):
     data, words = BAD_CALLS[case]
     calls = len(server.engine.calls)
-    name, value = call(server.url, *data, *CONTROLS[len(data) - 1 :])
-    assert name == "error"
-    said = value if isinstance(value, str) else (value or {}).get("error", "")
+    success, said = call(server, *data, *CONTROLS[len(data) - 1 :])
+    assert not success
     assert re.search(words, said) or not said
     assert len(server.engine.calls) == calls
-    name, value = call(server.url, "hello", *CONTROLS)
-    assert (name, value[0]) == ("complete", "You said hello")
+    assert call(server, "hello", *CONTROLS) == (True, "You said hello")
 
 
 STRANGE = {
@@ -716,25 +722,11 @@ STRANGE = {
 
 @pytest.mark.parametrize("case", STRANGE)
 def test_strange_text_through_the_api_reaches_the_model_as_it_is(server, case):
-    name, value = call(server.url, STRANGE[case], *CONTROLS)
-    assert name == "complete"
+    success, value = call(server, STRANGE[case], *CONTROLS)
+    assert success
     asked = server.engine.calls[-1].messages[-1]["content"]
     assert asked == STRANGE[case].encode("utf-8", "replace").decode()
-    assert value[0] == f"You said {asked}"
-
-
-def forged(server, handler, data):
-    """The last event that a browser gets which calls one of the page's own handlers with data of its own making."""
-    index = next(index for index, known in server.chat.fns.items() if known.name == handler)
-    body = {"data": data, "fn_index": index, "session_hash": f"forged{time.monotonic_ns()}", "trigger_id": None}
-    request = urllib.request.Request(
-        f"{server.url}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as reply:
-        assert reply.status == 200
-    with urllib.request.urlopen(f"{server.url}gradio_api/queue/data?session_hash={body['session_hash']}") as reply:
-        events = [json.loads(line[6:]) for line in reply.read().decode().splitlines() if line.startswith("data: ")]
-    return next(event for event in events if event["msg"] == "process_completed")
+    assert value == f"You said {asked}"
 
 
 FORGED = {
@@ -758,8 +750,7 @@ def test_a_forged_transcript_asks_the_model_nothing(server, case, handler):
     calls = len(server.engine.calls)
     forged(server, handler, [FORGED[case], *CONTROLS])
     assert len(server.engine.calls) == calls
-    name, value = call(server.url, "hello", *CONTROLS)
-    assert (name, value[0]) == ("complete", "You said hello")
+    assert call(server, "hello", *CONTROLS) == (True, "You said hello")
 
 
 @pytest.mark.parametrize(
