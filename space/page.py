@@ -486,7 +486,7 @@ def serve(settings: Settings, model: Source, adapter: str, load_in: str, host: s
     `port` 0: 7860, or the next free one. Raises NamesakeError where the page cannot listen.
     """
     free_address(host, port)
-    loader = Loader(model, adapter, load_in, settings.page.concurrency, settings.page.queue)
+    loader = Loader(model, adapter, load_in, settings.page.concurrency, settings.page.queue, settings.serve)
     chat = Chat(settings, loader)
     launch(chat, loader, host, port, share)
     loader.start()

@@ -105,10 +105,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A prompt that fits: its token ids, and how many of the oldest turns were left out for it."""
+    """A prompt that fits: its token ids, how many of the oldest turns were left out for it, and what was kept."""
 
     ids: list[int]
     dropped: int
+    messages: list[Message]
 
 
 class Prompt:
@@ -140,6 +141,11 @@ class Prompt:
         self._marks = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         sample = self.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         self.end_ids = {sample.labels[i] for i in range(sample.answered, len(sample.ids))} - {IGNORED}
+
+    @property
+    def control_names(self) -> list[str]:
+        """The control tokens as a template writes them, such as "<|im_end|>"."""
+        return list(self._control)
 
     def encode(self, messages: list[Message], *, answer_next: bool = False) -> Encoded:
         """The whole conversation, `clean()`ed; with `answer_next`, ending where the assistant's next answer begins.
@@ -196,20 +202,22 @@ class Prompt:
             raise NamesakeError("There is no question to answer", zh="没有可以回答的问题。")
         starts[0] = len(system)  # an assistant's greeting before the first question belongs to that turn
 
+        def kept(dropped: int) -> list[Message]:
+            return system + messages[starts[dropped] :]
+
         def encode(dropped: int) -> list[int]:
-            kept = system + messages[starts[dropped] :]
             if resume:
-                whole = self.encode(kept)
+                whole = self.encode(kept(dropped))
                 return whole.ids[: whole.answered]
-            return self.encode(kept, answer_next=True).ids
+            return self.encode(kept(dropped), answer_next=True).ids
 
         def least(dropped: int) -> int:
             """Tokens at the very least, without encoding: megabytes would take seconds."""
-            return sum(len(message["content"]) for message in system + messages[starts[dropped] :]) // self._longest
+            return sum(len(message["content"]) for message in kept(dropped)) // self._longest
 
         first = bisect.bisect_left(range(len(starts)), True, key=lambda count: least(count) <= room)
         if first < len(starts) and len(ids := encode(first)) <= room:
-            return Fitted(ids, first)
+            return Fitted(ids, first, kept(first))
         # The fewer turns, the shorter: the first count of dropped turns that fits is found by bisection.
         dropped = bisect.bisect_left(
             range(len(starts)), True, lo=min(first + 1, len(starts)), key=lambda count: len(encode(count)) <= room
@@ -223,7 +231,7 @@ class Prompt:
                 "Shorten it.",
                 zh=f"消息太长：连同系统提示词共 {zh} 个 token，最多 {room} 个。请缩短后再发。",
             )
-        return Fitted(encode(dropped), dropped)
+        return Fitted(encode(dropped), dropped, kept(dropped))
 
     def _render(self, messages: list[Message], answer_next: bool):
         """Yields the rendered template in pieces: (the message whose content it is, or None; text)."""
