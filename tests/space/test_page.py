@@ -839,6 +839,7 @@ def test_another_chat_opened_in_mid_answer_stops_the_model(server, visit):
     ask(page, "first", "You said first")
     chats(page)
     page.locator("#new").click()
+    expect(page.locator("#chat .placeholder h2")).to_be_visible()
     write(page, "long story")
     expect(bots(page).first).to_contain_text("word3")
     call = server.engine.calls[-1]
