@@ -150,7 +150,7 @@ class Serve:
 class Data:
     """What the assistant learns from: `identity` and `replay` rows, and every row of the user's own `files`."""
 
-    identity: int = setting(300, low=0, high=1_000_000)
+    identity: int = setting(900, low=0, high=1_000_000)
     replay: int = setting(600, low=0, high=1_000_000)
     replay_tokens: int = setting(256, low=1, high=32768)
     files: tuple[str, ...] = setting(())

@@ -18,10 +18,11 @@ from transformers.generation.logits_process import (
 )
 
 from space import batch as batch_module
-from space.batch import PAGE, BatchEngine, Pages, digests
+from space.batch import PAGE, BatchEngine, Pages, digests, make_engine
 from space.engine import GREEDY, Answer, Engine, Sampling
 from space.llama import FEW, Llama, unsupported
 from space.settings import NamesakeError
+from space.weights import Loader, source
 
 ASK = [{"role": "user", "content": "Tell me a story"}]
 SHAPE = dict(
@@ -307,6 +308,33 @@ def test_until_it_is_warm_answers_come_one_by_one(tiny, model):
     assert last(engine.stream(ASK, sampling)).text == before.text
     first.close(), second.close()
     engine.close()
+
+
+def test_the_page_says_that_it_warms_up_and_answers_meanwhile(tiny, monkeypatch):
+    seen = []
+
+    def make(*arguments):
+        engine = BatchEngine(*arguments)
+        warm_up = engine.warm_up
+
+        def watched():
+            seen.append((loader.status.state, last(loader.engine.stream(ASK, Sampling(max_new_tokens=2))).tokens_out))
+            warm_up()
+
+        engine.warm_up = watched
+        return engine
+
+    monkeypatch.setattr(batch_module, "make_engine", make)
+    loader = Loader(source(str(tiny)), "", "auto")
+    loader.start()
+    loader.join(60)
+    assert seen == [("warming", 2)]
+    assert loader.status.state == "ready" and loader.engine.batch
+    loader.engine.close()
+
+
+def test_without_a_gpu_the_plain_engine_is_made(tiny, model):
+    assert type(make_engine(model, AutoTokenizer.from_pretrained(tiny))) is Engine
 
 
 def test_a_warm_up_that_fails_leaves_the_plain_path(tiny, model, monkeypatch):
