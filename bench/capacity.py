@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-GPU_TOKENS_PER_SECOND = 3000.0  # of one GPU with many visitors at once: the goal; take the measured figure
-PAGE_MS_PER_TOKEN = 0.8  # of one core, the page's own work: bench/load.py
+GPU_TOKENS_PER_SECOND = 4200.0  # of one H100 with 64 visitors, their 512-token prompts included: bench/serve.py
+PAGE_MS_PER_TOKEN = 0.75  # of one core, the page's own work: bench/load.py
 
 
 def needed(

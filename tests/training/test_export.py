@@ -41,6 +41,14 @@ def merged(source: Path, folder: Path) -> Path:
     return folder
 
 
+def strong(model, folder: Path) -> Path:
+    """The model with weights, biases and norms so large that where a token stands, and each bias, shows in the loss."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
 def internlm2(folder: Path) -> Path:
     small_models.internlm2(folder / "hub", rope_scaling={"type": "dynamic", "factor": 2.0}, bias=True)
     (folder / "native").mkdir()
@@ -49,19 +57,17 @@ def internlm2(folder: Path) -> Path:
 
 
 def llama_of_the_embedded_kind(folder: Path) -> Path:
-    small_models.llama(folder / "llama", tie_word_embeddings=True)
-    return folder / "llama"
+    model = small_models.llama(folder / "llama", tie_word_embeddings=True)
+    AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(folder / "strong")
+    return strong(model, folder / "strong")
 
 
 def qwen2(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(small_models.embedded_folder())
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**small_models.SHAPE, vocab_size=len(tokenizer), max_position_embeddings=512))
-    for parameter in model.parameters():  # biases too
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder / "qwen2")
     tokenizer.save_pretrained(folder / "qwen2")
-    return folder / "qwen2"
+    return strong(model, folder / "qwen2")
 
 
 @pytest.mark.parametrize("kind", [internlm2, llama_of_the_embedded_kind, qwen2])
@@ -75,7 +81,7 @@ def test_llama_cpp_gives_each_token_the_loss_that_transformers_gives_it(tmp_path
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-    assert torch.tensor(engine.losses(ids)) == pytest.approx(expected, abs=0.02)
+    assert engine.losses(ids) == pytest.approx(expected.tolist(), abs=0.05)
 
 
 @pytest.fixture
