@@ -42,8 +42,8 @@ SECRETS = re.compile(
     re.A,
 )
 MODULES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}  # module → package, where the names differ
-# What is there wherever the page asks for it: on ZeroGPU alone, where Hugging Face installs it in every Space; and on an
-# NVIDIA GPU alone, whose PyTorch brings it.
+# There wherever the page asks for it: on ZeroGPU alone, where Hugging Face installs it in every Space; on an NVIDIA GPU
+# alone, whose PyTorch brings it.
 PROVIDED = {"spaces", "triton"}
 
 

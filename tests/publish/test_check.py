@@ -218,7 +218,7 @@ def test_what_an_editor_or_a_desktop_leaves_beside_the_page_stays_here(run, page
 
 PACKAGES = [
     *("accelerate", "anyio", "fastapi", "filelock", "gradio", "huggingface-hub", "jinja2", "modelscope", "peft"),
-    *("psutil", "tokenizers", "torch", "tqdm", "transformers", "typer", "starlette"),
+    *("psutil", "numpy", "tokenizers", "torch", "tqdm", "transformers", "typer", "starlette"),
 ]
 
 
