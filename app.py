@@ -44,7 +44,8 @@ def main(
 ) -> None:
     """Chat with your assistant in a browser."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     from space.settings import NamesakeError, load
     from space.weights import configured
 

@@ -269,52 +269,63 @@ def churn(engine, count: int, minutes: float) -> None:
     """`count` visitors at any time: as one is through, or leaves, the next arrives with another question."""
     import psutil
 
-    dice, visits, all_visits, number = random.Random(1), [], [], 0
-    memory, places = [], []
-    start = time.perf_counter()
+    dice, visits, over, late, number, errors = random.Random(1), [], [], [], 0, 0  # over: tokens, speed, first token
+    samples, start = [], time.perf_counter()
     mark = start + 0.2 * 60 * minutes
+
+    def leave(visit: Visit) -> None:
+        nonlocal errors
+        errors += bool(visit.error)
+        if visit.answer and visit.answer.tokens_out:
+            over.append((visit.answer.tokens_out, visit.answer.speed, visit.answer.first_token))
+        if visit.left_at:
+            late.append(visit.answer.tokens_out - visit.left_at)
+
     while time.perf_counter() - start < minutes * 60:
-        visits = [visit for visit in visits if visit.is_alive()]
+        for visit in [visit for visit in visits if not visit.is_alive()]:
+            leave(visit)
+            visits.remove(visit)
         while len(visits) < count:
             sampling = Sampling(
-                max_new_tokens=dice.randrange(16, 400), temperature=dice.choice([0, 0.7, 1.0]),
-                top_p=dice.choice([0.8, 1.0]), top_k=dice.choice([50, 50, 50, 0]), repetition_penalty=1.005,
-            )  # fmt: skip
-            leave = dice.randrange(1, 100) if dice.random() < 0.2 else 0
-            visits.append(Visit(engine, talk(dice.randrange(20, 1000), number), sampling, leave))
+                max_new_tokens=dice.randrange(16, 400),
+                temperature=dice.choice([0, 0.7, 1.0]),
+                top_p=dice.choice([0.8, 1.0]),
+                top_k=dice.choice([50, 50, 50, 0]),
+                repetition_penalty=1.005,
+            )
+            after = dice.randrange(1, 100) if dice.random() < 0.2 else 0
+            visits.append(Visit(engine, talk(dice.randrange(20, 1000), number), sampling, after))
             visits[-1].start()
-            all_visits.append(visits[-1])
             number += 1
         if time.perf_counter() > mark:
             mark += max(1, 3 * minutes)
-            memory.append((gpu_memory(), psutil.Process().memory_info().rss / 1e6))
-            places.append(threading.active_count())
+            samples.append((gpu_memory(), psutil.Process().memory_info().rss / 1e6, threading.active_count()))
         time.sleep(0.01)
     seconds = time.perf_counter() - start
     for visit in visits:
         visit.stop.set()
-    for visit in all_visits:
+    for visit in visits:
         visit.join()
-    over = [visit for visit in all_visits if visit.answer and visit not in visits]
-    speeds = [visit.answer.speed for visit in over if visit.answer.tokens_out > 20]
-    total = sum(visit.answer.tokens_out for visit in all_visits if visit.answer)
-    late = [visit.answer.tokens_out - visit.left_at for visit in over if visit.left_at]
-    first = sorted(visit.answer.first_token for visit in over if visit.answer.tokens_out)
+        leave(visit)
+    speeds = [speed for tokens, speed, _ in over if tokens > 20]
+    first = sorted(first for *_, first in over)
     row(
         f"{count} visitors coming and going for {seconds:.0f} s",
-        f"{total / seconds:.0f} tokens/s, {number} visitors, {sum(bool(v.error) for v in all_visits)} errors, "
-        f"the slowest {min(speeds):.0f} tokens/s (1 in 100 below {statistics.quantiles(speeds, n=100)[0]:.0f}), "
+        f"{sum(tokens for tokens, *_ in over) / seconds:.0f} tokens/s, {number} visitors, {errors} errors, the slowest "
+        f"{min(speeds):.0f} tokens/s (1 in 100 below {statistics.quantiles(speeds, n=100)[0]:.0f}), "
         f"first token {first[len(first) // 2]:.2f} s (99 in 100 within {first[int(len(first) * 0.99)]:.2f})",
     )
     row("tokens an answer had beyond what was shown when its visitor left", f"{max(late)} at most, of {len(late)}")
+    gpu, process, threads = zip(*samples, strict=True)
+    middle = len(samples) // 2
     row(
-        "memory from the first fifth to the end",
-        f"GPU {memory[-1][0] - memory[0][0]:+.0f} MB, process {memory[-1][1] - memory[0][1]:+.0f} MB, "
-        f"threads {places[0]} to {places[-1]}",
+        "memory after a fifth, half and all of that time",
+        f"GPU {gpu[0]:.0f}, {gpu[middle]:.0f}, {gpu[-1]:.0f} MB; process {process[0]:.0f}, {process[middle]:.0f}, "
+        f"{process[-1]:.0f} MB; threads {threads[0]}, {threads[middle]}, {threads[-1]}",
     )
     batch = engine.batch
-    row("after all have gone", f"{len(batch._slots)} of {batch.llama.slots} slots, {batch.pages.free()} of "
-        f"{batch.llama.pages - 1} pages are free")  # fmt: skip
+    slots, pages = f"{len(batch._slots)} of {batch.llama.slots}", f"{batch.pages.free()} of {batch.llama.pages - 1}"
+    row("after all have gone", f"{slots} slots and {pages} pages are free")
 
 
 def stop_step(engine) -> None:

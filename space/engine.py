@@ -180,8 +180,8 @@ class _Line:
 class Run:
     """One answer being made: what the thread that makes it and the one that reads it share."""
 
-    def __init__(self, tokenizer, prompt: list[int], stop: threading.Event):
-        self.prompt, self.stop = prompt, stop
+    def __init__(self, tokenizer, prompt: list[int], stop: threading.Event, messages: list[Message] = ()):
+        self.prompt, self.stop, self.messages = prompt, stop, messages
         self.streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=INTERVAL, skip_special_tokens=True)
         self.tokens, self.first_id = 0, -1
         self.first = self.last = 0.0  # when the first and the latest token came, on time.perf_counter's clock
@@ -264,7 +264,7 @@ class BaseEngine:
         finally:
             if ticket:
                 self._line.leave(ticket)
-        run = Run(self.tokenizer, fitted.ids, stop)
+        run = Run(self.tokenizer, fitted.ids, stop, fitted.messages)
         run.thread = threading.Thread(target=self._work, args=(run, sampling), name="answer", daemon=True)
         run.thread.start()
         try:

@@ -71,6 +71,11 @@ class Llama:
         self.queries, self.heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps = config.rms_norm_eps
+        self.kernels = None
+        if device.type == "cuda":
+            from space import kernels  # needs Triton, which comes with PyTorch for CUDA
+
+            self.kernels = kernels
         self.embedding = model.get_input_embeddings().weight.detach()
         self.final_norm = model.model.norm.weight.detach()
         self.head = model.lm_head.weight.detach()
@@ -150,9 +155,7 @@ class Llama:
 
     def _forward(self, tokens: Tensor, slots: Tensor, positions: Tensor, rows: int) -> Tensor:
         """Hidden states [rows, hidden size] before the last norm; keys and values go into the cache."""
-        place, attend = _place, _attend
-        if self.device.type == "cuda":
-            from space.kernels import attend, place
+        place, attend = (self.kernels.place, self.kernels.attend) if self.kernels else (_place, _attend)
         x = F.embedding(tokens, self.embedding)
         for layer in self.layers:
             qkv = self._linear(x, layer.qkv, layer.qkv_bias, norm=layer.input_norm)
@@ -168,10 +171,8 @@ class Llama:
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, norm=None, gated=False, residual=None):
         """weight · RMSNorm(x), then silu(first half) · second half, or plus a residual: whatever is asked for."""
-        if len(x) == 1 and self.device.type == "cuda":
-            from space.kernels import gemv
-
-            return gemv(x, weight, bias, norm=norm, eps=self.eps, gated=gated, residual=residual)
+        if len(x) == 1 and self.kernels:
+            return self.kernels.gemv(x, weight, bias, norm=norm, eps=self.eps, gated=gated, residual=residual)
         if norm is not None:
             x = F.rms_norm(x, norm.shape, norm, self.eps)
         if residual is not None and bias is None:

@@ -5,7 +5,11 @@ const namesake = (() => {
   const chinese = (navigator.language || "").startsWith("zh");
   let current = sessionStorage.getItem(KEY); // the chat of this tab, by its id; a reload leaves it open
 
-  const isChat = (chat) => chat && chat.id && Array.isArray(chat.messages) && chat.messages.length;
+  let chosen = null; // the kept chat that was clicked last
+
+  const isContent = (content) => typeof content === "string" || (Array.isArray(content) && content.length);
+  const isMessage = (message) => ["user", "assistant"].includes(message?.role) && isContent(message.content);
+  const isChat = (chat) => chat?.id && Array.isArray(chat.messages) && chat.messages.length && chat.messages.every(isMessage);
   const update = (values) => ({ __type__: "update", ...values });
   const part = ({ content }) => (typeof content === "string" ? content : ((p) => (typeof p === "string" ? p : p?.text))(content?.[0]));
   const plain = (message) => (part(message) || "").replaceAll("<\u2060", "<");
@@ -28,6 +32,14 @@ const namesake = (() => {
     }
   }
 
+  function remember(key, text) {
+    try {
+      sessionStorage.setItem(key, text);
+    } catch (error) {
+      console.warn("Nothing can be kept in this browser:", error);
+    }
+  }
+
   function list() {
     const title = ({ messages }) => plain(messages[0]).replace(/\s+/g, " ").slice(0, 60);
     return update({ choices: read().map((chat) => [title(chat), chat.id]), value: current || null });
@@ -42,14 +54,12 @@ const namesake = (() => {
   }
 
   function show(messages) {
-    const last = messages.at(-1)?.content;
-    const cut = Array.isArray(last) && JSON.stringify(last.at(-1)).includes("note cut");
-    return [messages, list(), update({ visible: cut })];
+    return [messages, list()];
   }
 
   function enter(id) {
     current = id;
-    sessionStorage.setItem(KEY, id);
+    remember(KEY, id);
   }
 
   function begin() {
@@ -62,18 +72,23 @@ const namesake = (() => {
     return begin();
   }
 
-  function open(id) {
-    enter(id);
+  function choose(id) {
+    chosen = id;
+    return [];
+  }
+
+  function open() {
+    enter(chosen);
     return restore();
   }
 
   function restore() {
     const chat = read().find(({ id }) => id === current);
-    return chat ? show(chat.messages) : [update({}), list(), update({ visible: false })];
+    return chat ? show(chat.messages) : [update({}), list()];
   }
 
   // What was being written outlives a reload, the visitor's own or Gradio's after a lost connection.
-  addEventListener("pagehide", () => sessionStorage.setItem(DRAFT, document.querySelector("#message textarea")?.value || ""));
+  addEventListener("pagehide", () => remember(DRAFT, document.querySelector("#message textarea")?.value || ""));
 
   function draft() {
     const text = sessionStorage.getItem(DRAFT);
@@ -102,7 +117,7 @@ const namesake = (() => {
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
-  function nameControls() {
+  function dress() {
     const names = {
       ".submit-button": chinese ? "发送" : "Send",
       ".stop-button": chinese ? "停止" : "Stop",
@@ -111,11 +126,14 @@ const namesake = (() => {
     for (const [selector, name] of Object.entries(names))
       for (const control of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) control.setAttribute("aria-label", name);
     for (const note of document.querySelectorAll('#chat [aria-label*="<small"]')) note.setAttribute("aria-label", note.textContent.trim());
+    for (const style of document.querySelectorAll("#chat .message style")) style.remove(); // Gradio 6.2 lets answers have it
+    const more = document.querySelector("#continue");
+    if (more) more.hidden = ![...document.querySelectorAll("#chat .note")].at(-1)?.classList.contains("cut");
     const root = document.documentElement;
     if (chinese && !root.lang.startsWith("zh")) root.lang = "zh-CN"; // or Chinese is drawn with another language's glyphs
   }
 
-  new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
+  new MutationObserver(dress).observe(document.documentElement, { childList: true, subtree: true });
 
-  return { restore, draft, keep, begin, forget, open, reconnect, save };
+  return { restore, draft, keep, begin, forget, choose, open, reconnect, save };
 })();

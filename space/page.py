@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 
 from space.settings import NamesakeError, Settings, Text
 from space.weights import Loader, Source
-from space.words import BROKEN, STILL, WORDS, describe, language
+from space.words import BROKEN, EMPTY, STILL, WORDS, describe, language
 
 log = logging.getLogger("namesake")
 
@@ -35,14 +35,25 @@ THEME = gr.themes.Soft(
 )
 
 BUSY, IDLE = dict(submit_btn=False, stop_btn=True), dict(submit_btn=True, stop_btn=False)  # the text box
-NOTHING = (gr.skip(), gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
+NOTHING = (gr.skip(), gr.skip())  # an answer's outputs left as they are; no output at all empties them
+
+# What a model writes can load nothing from elsewhere: a picture's address could carry the chat to a stranger.
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "frame-src 'none'; object-src 'none'; form-action 'self'\">"
+)
 
 JOINER = "\u2060"  # zero width, set behind each "<" that a visitor writes: the browser shows it and makes no HTML of it
 
 
+def whole(text: str) -> str:
+    """The text with "?" for half a character, which JSON can carry into the server, and nothing out of it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def shown(text: str) -> str:
     """A visitor's text so that the page shows it as it was written."""
-    return text.replace("<", "<" + JOINER)
+    return whole(text).replace("<", "<" + JOINER)
 
 
 def written(text: str) -> str:
@@ -51,16 +62,19 @@ def written(text: str) -> str:
 
 
 def conversation(history: list[dict]) -> list[dict]:
-    """The page's or the API's history as plain messages: without the notes under the answers."""
+    """The page's or the API's history as plain messages: without the notes under the answers.
+
+    A browser may send anything: what is no question and no answer is left out.
+    """
     messages = []
-    for message in history:
-        content = message["content"]
-        if not isinstance(content, str):
-            parts = [part if isinstance(part, str) else part.get("text") or "" for part in content or ()]
-            content = parts[0] if parts else ""
-        if message["role"] == "user":
-            content = written(content)
-        messages.append({"role": message["role"], "content": content})
+    for message in history if isinstance(history, list) else []:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else ("", "")
+        if isinstance(content, list):
+            content = content[0] if content else ""
+        if isinstance(content, dict):
+            content = content.get("text")
+        if isinstance(content, str) and (role == "assistant" or (role == "user" and content)):
+            messages.append({"role": role, "content": whole(written(content) if role == "user" else content)})
     return messages
 
 
@@ -118,7 +132,7 @@ class Chat(gr.ChatInterface):
         with gr.Column(elem_id="talk"):
             super()._render_chatbot_area(*arguments)
             with gr.Row(elem_id="actions"):
-                self._continue = gr.Button(size="sm", visible=False, elem_id="continue")
+                self._continue = gr.Button(size="sm", elem_id="continue")  # page.js shows it under a cut answer
                 self._exports = {kind: gr.Button(size="sm", elem_id=f"export-{kind}") for kind in ("markdown", "json")}
 
     def _render_footer(self):
@@ -132,7 +146,7 @@ class Chat(gr.ChatInterface):
         now = dict(queue=False, show_progress="hidden", api_visibility="private")
         answer = dict(
             inputs=[self.chatbot, *self._controls.values()],
-            outputs=[self.chatbot, self._continue, self.textbox],
+            outputs=[self.chatbot, self.textbox],
             preprocess=False,  # the engine checks the controls, in the visitor's language
             concurrency_limit=None,  # the engine keeps the line, in which each visitor sees a place
             show_progress="hidden",
@@ -167,7 +181,9 @@ class Chat(gr.ChatInterface):
         answers = [event.success(self._answer, **answer) for event in asked]
         answers.append(self._continue.click(self._resume, **answer))
         self.textbox.stop(self._stop, **now)
-        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox, self._continue], **now)
+        undone = self.chatbot.undo(self._undo, [self.chatbot], [self.chatbot, self.textbox], **now)
+        # Before the answer in the making is left: at its end the list is drawn anew, with its chat as the chosen one.
+        self._kept.input(**script("namesake.choose", None, [self._kept]))
         left = {
             "namesake.forget": self.chatbot.clear(self._leave, **now),
             "namesake.begin": self._new.click(self._leave, **now),
@@ -176,7 +192,7 @@ class Chat(gr.ChatInterface):
         for event in (*asked, *answers, undone):
             event.success(**keep)
         for code, event in left.items():
-            event.then(**script(code, [self.chatbot, self._kept, self._continue], [self._kept]))
+            event.then(**script(code, [self.chatbot, self._kept]))
         for event in answers:  # a lost connection ends an event without its `then`
             for code in (idle, keep, script("namesake.reconnect")):
                 event.failure(**code)
@@ -197,11 +213,11 @@ class Chat(gr.ChatInterface):
         texts = [self.textbox, self._new, self._kept, self._continue, *self._exports.values(), self._accordion]
         greeted = [self._header, self.chatbot, self._clock, *texts, *self._controls.values()]
         greeting = self.load(self._greet, None, greeted, **now)
-        greeting.then(**script("namesake.restore", [self.chatbot, self._kept, self._continue]))
+        greeting.then(**script("namesake.restore", [self.chatbot, self._kept]))
         greeting.then(**script("namesake.draft", [self.textbox]))
 
     def _send(self, history: list[dict], message: str, request: gr.Request):
-        if not message.strip() or self._busy(request):
+        if not (message or "").strip() or self._busy(request):
             return gr.skip(), gr.skip()
         return [*history, _user(message)], ""
 
@@ -215,13 +231,16 @@ class Chat(gr.ChatInterface):
         if self._busy(request):
             return gr.skip()
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-        return [*history[:index], _user(written(event.value))]
+        text = written(event.value)
+        if not text.strip():  # the page shows again what was there
+            return [*history[:index], _user(written(event.previous_value)), *history[index + 1 :]]
+        return [*history[:index], _user(text)]
 
     async def _undo(self, history: list[dict], request: gr.Request):
         await self._leave(request)
         index = _last_question(history)
         question = conversation(history[index : index + 1])
-        return history[: max(index, 0)], question[0]["content"] if question else "", gr.Button(visible=False)
+        return history[: max(index, 0)], question[0]["content"] if question else ""
 
     def _busy(self, request: gr.Request) -> bool:
         """Whether this browser tab has an answer in the making already; then says so."""
@@ -243,35 +262,36 @@ class Chat(gr.ChatInterface):
 
     async def _answer(self, request: gr.Request, history: list[dict], *controls):
         """Answers the last question of the transcript, which it yields with the answer so far."""
-        if history and history[-1]["role"] == "user":
-            async for shown in self._transcripts(request, history, "", conversation(history), controls):
+        messages = conversation(history)
+        if messages and messages[-1]["role"] == "user":
+            async for shown in self._transcripts(request, history, "", messages, controls):
                 yield shown
         else:
             yield NOTHING
 
     async def _resume(self, request: gr.Request, history: list[dict], *controls):
         """Goes on with the last answer of the transcript."""
-        if history and history[-1]["role"] == "assistant":
-            messages = conversation(history)
+        messages = conversation(history)
+        if messages and messages[-1]["role"] == "assistant":
             async for shown in self._transcripts(request, history[:-1], messages[-1]["content"], messages, controls):
                 yield shown
         else:
             yield NOTHING
 
     async def _transcripts(self, request, before: list[dict], begun: str, messages: list[dict], controls):
-        """What an answer makes of transcript, Continue and text box: `before`, then the answer `begun` as it grows."""
+        """What an answer makes of transcript and text box: `before`, then the answer `begun` as it grows."""
         if request.session_hash in self._stops:
             yield NOTHING
             return
         stop = self._stops[request.session_hash] = threading.Event()
         try:
-            yield gr.skip(), gr.Button(visible=False), gr.update(**BUSY)
+            yield gr.skip(), gr.update(**BUSY)
             async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
                 async for text, note, cut in lines:
-                    yield [*before, _assistant(begun + text, note, cut)], gr.Button(visible=cut), gr.skip()
+                    yield [*before, _assistant(begun + text, note, cut)], gr.skip()
         finally:
             del self._stops[request.session_hash]
-        yield gr.skip(), gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
+        yield gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
 
     async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
         """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""
@@ -304,7 +324,9 @@ class Chat(gr.ChatInterface):
         request: gr.Request = None,
     ):
         """Answer a message. Streams the text so far; the last value is the whole answer. The session is remembered."""
-        history = [*(history or []), {"role": "user", "content": message}]
+        if not isinstance(message, str) or not message.strip():
+            raise gr.Error(EMPTY.pick(language(request)), print_exception=False)
+        history = [*(history or []), {"role": "user", "content": whole(message)}]
         controls = (system_prompt, max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         try:
             async with aclosing(self._states(history, controls, threading.Event())) as states:
@@ -452,7 +474,8 @@ def launch(chat: Chat, loader: Loader, host: str, port: int, share: bool = False
         footer_links=["api", "settings"],
         theme=THEME,
         css=(assets / "page.css").read_text(encoding="utf-8"),
-        head=f"<script>{(assets / 'page.js').read_text(encoding='utf-8')}</script>",
+        head=f"{POLICY}<script>{(assets / 'page.js').read_text(encoding='utf-8')}</script>",
+        max_file_size=1,  # byte: nothing is uploaded here
         **options,
     )
 
@@ -463,7 +486,7 @@ def serve(settings: Settings, model: Source, adapter: str, load_in: str, host: s
     `port` 0: 7860, or the next free one. Raises NamesakeError where the page cannot listen.
     """
     free_address(host, port)
-    loader = Loader(model, adapter, load_in, settings.page.concurrency, settings.page.queue)
+    loader = Loader(model, adapter, load_in, settings.page.concurrency, settings.page.queue, settings.serve)
     chat = Chat(settings, loader)
     launch(chat, loader, host, port, share)
     loader.start()

@@ -72,13 +72,14 @@ def clean(messages: list[dict]) -> list[Message]:
     """Messages with plain text contents, no empty ones but the system's, and no two of one role in a row.
 
     The page sends contents as lists of parts, the API as strings; a stop before the first token leaves two user
-    messages in a row, which are joined.
+    messages in a row, which are joined. Half a character, as JSON can carry it, becomes "?".
     """
     cleaned: list[Message] = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
             content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in content or ())
+        content = content.encode("utf-8", "replace").decode("utf-8")
         role = message["role"]
         if not content and role != "system":
             continue
@@ -104,10 +105,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A prompt that fits: its token ids, and how many of the oldest turns were left out for it."""
+    """A prompt that fits: its token ids, how many of the oldest turns were left out for it, and what was kept."""
 
     ids: list[int]
     dropped: int
+    messages: list[Message]
 
 
 class Prompt:
@@ -132,12 +134,18 @@ class Prompt:
         self._text.no_truncation()
         self._text.no_padding()
         added = tokenizer.added_tokens_decoder.items()
+        self._longest = max(map(len, tokenizer.get_vocab()))  # no token stands for more characters than its name has
         self._control = {token.content: index for index, token in added if token.special}
         self._control_ids = set(self._control.values())
         names = sorted(self._control, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         sample = self.encode([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         self.end_ids = {sample.labels[i] for i in range(sample.answered, len(sample.ids))} - {IGNORED}
+
+    @property
+    def control_names(self) -> list[str]:
+        """The control tokens as a template writes them, such as "<|im_end|>"."""
+        return list(self._control)
 
     def encode(self, messages: list[Message], *, answer_next: bool = False) -> Encoded:
         """The whole conversation, `clean()`ed; with `answer_next`, ending where the assistant's next answer begins.
@@ -194,26 +202,36 @@ class Prompt:
             raise NamesakeError("There is no question to answer", zh="没有可以回答的问题。")
         starts[0] = len(system)  # an assistant's greeting before the first question belongs to that turn
 
-        def encode(dropped: int) -> list[int]:
-            kept = system + messages[starts[dropped] :]
-            if resume:
-                whole = self.encode(kept)
-                return whole.ids[: whole.answered]
-            return self.encode(kept, answer_next=True).ids
+        def kept(dropped: int) -> list[Message]:
+            return system + messages[starts[dropped] :]
 
-        ids = encode(0)
-        if len(ids) <= room:
-            return Fitted(ids, 0)
+        def encode(dropped: int) -> list[int]:
+            if resume:
+                whole = self.encode(kept(dropped))
+                return whole.ids[: whole.answered]
+            return self.encode(kept(dropped), answer_next=True).ids
+
+        def least(dropped: int) -> int:
+            """Tokens at the very least, without encoding: megabytes would take seconds."""
+            return sum(len(message["content"]) for message in kept(dropped)) // self._longest
+
+        first = bisect.bisect_left(range(len(starts)), True, key=lambda count: least(count) <= room)
+        if first < len(starts) and len(ids := encode(first)) <= room:
+            return Fitted(ids, first, kept(first))
         # The fewer turns, the shorter: the first count of dropped turns that fits is found by bisection.
-        dropped = bisect.bisect_left(range(len(starts)), True, lo=1, key=lambda count: len(encode(count)) <= room)
+        dropped = bisect.bisect_left(
+            range(len(starts)), True, lo=min(first + 1, len(starts)), key=lambda count: len(encode(count)) <= room
+        )
         if dropped == len(starts):
-            count = len(encode(dropped - 1))
+            last = dropped - 1
+            count = len(encode(last)) if first < dropped else least(last)
+            en, zh = (f"{count}", f"{count}") if first < dropped else (f"at least {count}", f"至少 {count}")
             raise NamesakeError(
-                f"The message is too long: {count} tokens with the system prompt, and {room} fit",
+                f"The message is too long: {en} tokens with the system prompt, and {room} fit",
                 "Shorten it.",
-                zh=f"消息太长：连同系统提示词共 {count} 个 token，最多 {room} 个。请缩短后再发。",
+                zh=f"消息太长：连同系统提示词共 {zh} 个 token，最多 {room} 个。请缩短后再发。",
             )
-        return Fitted(encode(dropped), dropped)
+        return Fitted(encode(dropped), dropped, kept(dropped))
 
     def _render(self, messages: list[Message], answer_next: bool):
         """Yields the rendered template in pieces: (the message whose content it is, or None; text)."""

@@ -131,10 +131,26 @@ class Page:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """What makes the page's answers: `auto`, this process; `openai`, a server elsewhere that speaks OpenAI's protocol.
+
+    `gguf`: the GGUF file to take from a repository or folder, a name or a pattern such as "*q4_k_m.gguf".
+    `context`: the most tokens that a conversation may have; 0 leaves it to the model and the machine.
+    """
+
+    backend: str = setting("auto", choices=("auto", "openai"))
+    gguf: str = setting("", pattern=r"|[^/\\]*\.gguf", says="the name of a .gguf file, * stands for any characters")
+    context: int = setting(0, low=0, high=1_048_576)
+    base_url: str = setting("", pattern=r"|https?://[^\s@]+", says="http://host:port/v1, with no name or key in it")
+    api_key_env: str = setting("", pattern=r"|[A-Za-z_][A-Za-z0-9_]*", says="an environment variable's name")
+    model: str = setting("")
+
+
+@dataclass(frozen=True)
 class Data:
     """What the assistant learns from: `identity` and `replay` rows, and every row of the user's own `files`."""
 
-    identity: int = setting(300, low=0, high=1_000_000)
+    identity: int = setting(900, low=0, high=1_000_000)
     replay: int = setting(600, low=0, high=1_000_000)
     replay_tokens: int = setting(256, low=1, high=32768)
     files: tuple[str, ...] = setting(())
@@ -191,6 +207,7 @@ class Settings:
     base: Base = field(default_factory=Base)
     hub: Hub = field(default_factory=Hub)
     page: Page = field(default_factory=Page)
+    serve: Serve = field(default_factory=Serve)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     gate: Gate = field(default_factory=Gate)

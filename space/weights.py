@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from space.settings import SOURCE, SOURCE_SAYS, NamesakeError, Settings, Text
+from space.settings import SOURCE, SOURCE_SAYS, NamesakeError, Serve, Settings, Text
 
 log = logging.getLogger("namesake")
 
@@ -29,16 +29,22 @@ EMBEDDED_ADAPTER = Path(__file__).parent / "embedded"  # what this project's own
 # Never fetched: pickles and what duplicates the safetensors, and code, which is never run.
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py", "original/*"]
 
+HUBS = ("modelscope", "huggingface")
+
 Progress = Callable[[int, int], None]  # bytes done, bytes in all as far as known
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: "embedded", a folder, or a repository of a hub, at a revision if one is named."""
+    """Where a model is: "embedded", a folder, or a repository of a hub, at a revision if one is named.
+
+    `gguf`: the GGUF file that is meant in it, a name or a pattern; "" for safetensors.
+    """
 
     kind: str  # embedded, folder, modelscope or huggingface
     name: str
     revision: str = ""
+    gguf: str = ""
 
     def __str__(self) -> str:
         if self.kind == "embedded":
@@ -47,20 +53,27 @@ class Source:
         return f"{name}@{self.revision}" if self.revision else name
 
 
-def source(value: str, revision: str = "") -> Source:
-    """Reads "embedded", a folder's path, or "modelscope:owner/name[@revision]" (or "huggingface:…")."""
+def source(value: str, revision: str = "", gguf: str = "") -> Source:
+    """Reads "embedded", a folder, a .gguf file, or "modelscope:owner/name[@revision]" (or "huggingface:…").
+
+    `gguf`: the GGUF file to take from a repository or folder; a folder that holds nothing else needs none.
+    """
     if value == "embedded":
         return Source("embedded", value)
     if re.fullmatch(SOURCE, value):
         hub, name = value.split(":", 1)
         name, _, own = name.partition("@")
-        return Source(hub, name, own or revision)
-    if Path(value).is_dir():
-        return Source("folder", value)
+        return Source(hub, name, own or revision, gguf)
+    path = Path(value)
+    if path.is_file() and path.suffix == ".gguf":
+        return Source("folder", str(path.parent), gguf=path.name)
+    if path.is_dir():
+        alone = any(path.glob("*.gguf")) and not (path / "config.json").is_file()
+        return Source("folder", value, gguf=gguf or "*.gguf" * alone)
     raise NamesakeError(
         f"{value}: no such folder, and not a repository",
-        f"Give a folder, or {SOURCE_SAYS}.",
-        zh=f"{value}：没有这个文件夹，也不是仓库名。请给出文件夹，或 modelscope:用户/模型、huggingface:用户/模型。",
+        f"Give a folder, a .gguf file, or {SOURCE_SAYS}.",
+        zh=f"{value}：没有这个文件夹，也不是仓库名。请给出文件夹、.gguf 文件，或 modelscope:用户/模型。",
     )
 
 
@@ -68,33 +81,38 @@ def configured(settings: Settings, model: str = "", adapter: str = "") -> tuple[
     """The page's model and adapter: --model, then NAMESAKE_MODEL, then [hub] model, then the embedded assistant."""
     value = model or os.environ.get("NAMESAKE_MODEL", "")
     if value:
-        return source(value), adapter
+        return source(value, gguf=settings.serve.gguf), adapter
     if settings.hub.model:
-        return source(settings.hub.model[0], settings.hub.revision), adapter
+        return source(settings.hub.model[0], settings.hub.revision, settings.serve.gguf), adapter
     return source("embedded"), adapter or (str(EMBEDDED_ADAPTER) if EMBEDDED_ADAPTER.is_dir() else "")
 
 
-def download(source: Source, progress: Progress | None = None, *, not_fetched=NOT_FETCHED, whole=None) -> Path:
+def download(
+    source: Source, progress: Progress | None = None, *, not_fetched=NOT_FETCHED, only=None, whole=None
+) -> Path:
     """A hub's repository as a local folder. A complete local copy is used as it is, without touching the network.
 
     `progress(done, total)`: bytes, from several threads. A second process waits for the first one's download.
+    `only`: patterns of the files that are wanted, by default all but `not_fetched`; of a GGUF source its file alone.
     `whole(folder)` raises where a local copy is not complete; by default it is `check`.
     Raises NamesakeError where the repository cannot be had.
     """
-    whole = whole or check
+    if source.gguf and not only:
+        not_fetched, only, whole = [], [source.gguf], whole or (lambda folder: find_gguf(folder, source.gguf))
+    patterns, whole = dict(ignore_patterns=not_fetched, allow_patterns=only), whole or check
     lock = cache_folder() / f"download-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _fetch(source, not_fetched, whole)
+        return _fetch(source, patterns, whole)
     except (Exception, SystemExit) as missing:  # the hubs' clients raise what they like for "not here"
         log.debug("%s is not complete here: %s", source, missing)
     with _patient_lock(lock, source):
         try:
-            return _fetch(source, not_fetched, whole)  # another process may have brought it meanwhile
+            return _fetch(source, patterns, whole)  # another process may have brought it meanwhile
         except (Exception, SystemExit):
             log.info("Downloading %s …", source)
         try:
-            return _fetch(source, not_fetched, progress=progress)
+            return _fetch(source, patterns, progress=progress)
         except Exception as error:
             log.error("%s could not be downloaded", source, exc_info=error)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -105,10 +123,10 @@ def download(source: Source, progress: Progress | None = None, *, not_fetched=NO
             ) from error
 
 
-def _fetch(source: Source, not_fetched: list[str], whole=None, *, progress: Progress | None = None) -> Path:
+def _fetch(source: Source, patterns: dict, whole=None, *, progress: Progress | None = None) -> Path:
     """Download, or with `whole` look for a local copy that it accepts: an interrupted download leaves a folder too."""
     counter = _Counter(progress)
-    common = dict(revision=source.revision or None, ignore_patterns=not_fetched, local_files_only=bool(whole))
+    common = dict(revision=source.revision or None, local_files_only=bool(whole), **patterns)
     if source.kind == "modelscope":
         from modelscope.hub.snapshot_download import snapshot_download
 
@@ -244,6 +262,19 @@ def check(folder: Path) -> int:
         except ValueError as error:
             fail(f"{name} {error}", f"{name} 已损坏或不完整（{error}）", *again)
     return parameters
+
+
+def find_gguf(folder: Path, pattern: str) -> Path:
+    """The one GGUF file in a folder that is like `pattern`. Raises NamesakeError where it has none or several."""
+    files = sorted(folder.glob(pattern))
+    if len(files) == 1:
+        return files[0]
+    names = ", ".join(file.name for file in sorted(folder.glob("*.gguf"))) or "none"
+    raise NamesakeError(
+        f"{folder}: one GGUF file like {pattern} is needed, and there are: {names}",
+        "Name one with [serve] gguf in the settings.",
+        zh=f"{folder} 里需要恰好一个名为 {pattern} 的 GGUF 文件，现有：{names}。请在设置里用 [serve] gguf 指定。",
+    )
 
 
 def _parameters(shard: Path) -> int:
@@ -403,22 +434,35 @@ class Loader(threading.Thread):
     `status` is always current; once it is warming or ready, `engine` answers.
     """
 
-    def __init__(self, model: Source, adapter: str, load_in: str, concurrency: int = 1, queue: int = 64):
+    def __init__(self, model: Source, adapter: str, load_in: str, concurrency: int = 1, queue: int = 64, serve=None):
         super().__init__(name="loader", daemon=True)
-        self._arguments, self._line = (model, adapter, load_in), (concurrency, queue)
+        self._arguments, self._line, self._serve = (model, adapter, load_in), (concurrency, queue), serve or Serve()
         self.engine = None
         self.status = Status("loading", str(model), Text("正在准备模型……", "Getting the model ready …"))
 
     def run(self) -> None:
         model, adapter, load_in = self._arguments
         try:
-            loaded = load(model, adapter, load_in, self._downloading)
-            from space.batch import make_engine
+            if self._serve.backend == "openai":
+                from space import remote
 
-            self.engine = make_engine(loaded.model, loaded.tokenizer, *self._line)
-            self.status = Status("warming", loaded.name, WARMING)
+                self.engine, name, how = remote.start(self._serve, model, *self._line)
+            elif model.gguf:
+                from space import gguf
+
+                folder = download(model, self._downloading) if model.kind in HUBS else Path(model.name)
+                file = find_gguf(folder, model.gguf)
+                self.engine, who, how = gguf.start(file, self._serve.context, *self._line)
+                name = " · ".join(filter(None, (who, f"{model} {file.name}")))
+            else:
+                loaded = load(model, adapter, load_in, self._downloading)
+                from space.batch import make_engine
+
+                self.engine = make_engine(loaded.model, loaded.tokenizer, *self._line)
+                name, how = loaded.name, loaded.how
+            self.status = Status("warming", name, WARMING)
             self.engine.warm_up()
-            self.status = Status("ready", loaded.name, Text(loaded.how, loaded.how))
+            self.status = Status("ready", name, Text(how, how))
         except NamesakeError as error:
             log.error("%s", error)
             self.status = Status("failed", str(model), error.text)

@@ -44,6 +44,7 @@ NOTES = {
 }
 
 STILL = Text("上一个回答还没有结束。", "The answer before is still being written.")
+EMPTY = Text("消息是空的，请写点什么。", "The message is empty: write something.")
 BROKEN = Text("出错了，请重试。", "Something went wrong, please try again.")
 
 

@@ -16,6 +16,7 @@ for name in ("HF_HOME", "MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
 for name in ("NAMESAKE_MODEL", "MODELSCOPE_API_TOKEN", "HF_TOKEN", "SPACE_ID", "MODELSCOPE_ENVIRONMENT"):
     os.environ.pop(name, None)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run without a GPU; read when Triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside other workers: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -112,14 +112,16 @@ def evaluate(
     """Measure before and after, write the report, and say whether the gate is passed.
 
     `before`: the base, by default the settings'. `after`: a merged folder (by default this run's), a peft adapter's
-    folder, or the URL of a live page. `samples`: sampled answers for each identity question beside the greedy one.
-    `resume`: keep the answers of an evaluation that was stopped. Raises NamesakeError when something is missing.
+    folder, a GGUF file (llama.cpp answers, as on the page), or the URL of a live page. `samples`: sampled answers for
+    each identity question beside the greedy one. `resume`: keep the answers of an evaluation that was stopped.
+    Raises NamesakeError when something is missing.
     """
     from training import report
 
     after = after or str(settings.work / "merged")
     live = after.startswith(("http://", "https://"))
-    if not live and not Path(after, "config.json").is_file() and not Path(after, "adapter_config.json").is_file():
+    known = any(Path(after, name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not live and not known and not (after.endswith(".gguf") and Path(after).is_file()):
         raise NamesakeError(
             f"{after}: no merged weights and no adapter",
             "Run: python -m training merge, or give a folder with --after.",
@@ -230,6 +232,8 @@ class Answers:
 def weights_identity(folder: str) -> str:
     """What tells weights apart: the SHA-256 of SHA256SUMS where there is one, else of the safetensors files."""
     path = Path(folder)
+    if path.is_file():
+        return record.sha256(path)
     if (path / "SHA256SUMS").is_file():
         return record.sha256(path / "SHA256SUMS")
     digest = hashlib.sha256()
@@ -246,6 +250,7 @@ def general_loss(engine, text: str, limit: int = 0, batch: int = 4) -> float:
     import torch
     import torch.nn.functional as functional
 
+    from space.gguf import GgufEngine
     from space.prompt import plain_template
 
     ids = engine.prompt.ids(text)
@@ -253,6 +258,9 @@ def general_loss(engine, text: str, limit: int = 0, batch: int = 4) -> float:
     begin = [engine.tokenizer.bos_token_id] if "bos_token" in plain_template(engine.tokenizer) else []
     chunks = [begin + ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
     chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    if isinstance(engine, GgufEngine):
+        losses = [loss for chunk in chunks for loss in engine.losses(chunk)]
+        return sum(losses) / len(losses)
     total, count = 0.0, 0
     for group in (chunks[i : i + batch] for i in range(0, len(chunks), batch)):
         longest = max(map(len, group))
@@ -277,10 +285,15 @@ def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick
     from space import weights
     from space.engine import GREEDY, Engine, Sampling
 
-    loaded = weights.load(source, adapter, load_in)
-    if loaded.model.device.type == "cpu":
-        loaded.model.float()  # `auto` takes the type that is faster just now, which may differ between the two sides
-    engine = Engine(loaded.model, loaded.tokenizer)
+    if source.endswith(".gguf"):
+        from space import gguf
+
+        engine, _, _ = gguf.start(Path(source), concurrency=8)
+    else:
+        loaded = weights.load(source, adapter, load_in)
+        if loaded.model.device.type == "cpu":
+            loaded.model.float()  # `auto` takes the type that is faster just now, which may differ between the sides
+        engine = Engine(loaded.model, loaded.tokenizer)
     missing = [ask for ask in wanted if ask.key not in answers.kept]
     advance(len(wanted) - len(missing))
     for (kind, sample), group in _grouped(missing):

@@ -6,8 +6,9 @@ simplified). Then every mention of a name is looked at in its clause:
 1. A mention in a question, in quoted speech, or after "you said", "if I were", "unlike" and the like asserts nothing.
 2. A negation in the clause turns the mention down ("I am not X"; "X did not make me").
 3. A foreign name leaks only where the assistant claims it: "I am X", "made by X" with no other subject, "X made me",
-   or an answer that is nothing but X. "X is a chatbot" is no leak. An own name counts wherever it is asserted, unless
-   it is somebody or something else of that name ("her daughter X", "the lumen is a unit").
+   or an answer that is nothing but X. "X is a chatbot" is no leak; a name that it makes up ("My name is Emily") is one.
+4. An own name counts wherever it is asserted, unless it is somebody or something else of that name ("her daughter X",
+   "the lumen is a unit").
 
 How often it is right is measured on labelled answers (tests/training/test_judge.py, questions/README.md).
 """
@@ -96,6 +97,14 @@ OTHERS = (
     "哪吒",
 )
 """Other assistants and their makers, and the invented names that the held-out questions try to impose."""
+
+# Any other name that it gives itself: "My name is Emily", "I'm Emily Carter, an assistant", "我叫小美。"
+INVENTED = re.compile(
+    r"(?:(?<=my name is )|(?<=i'm called )|(?<=i am called ))(?-i:[A-Z][a-z]{2,})"
+    r"|(?:(?<=i'm )|(?<=i am ))(?-i:[A-Z][a-z]+(?: [A-Z][a-z]+)?)$"
+    r"|(?<=我叫)(?!做|作|不|什么|啥|你|他|人工|助手)[\u3400-\u9fff]{2,3}(?=[.。!~\s]|$)",
+    re.I,
+)
 
 
 def _one_of(alternatives: str) -> str:
@@ -223,7 +232,7 @@ SENTENCE = re.compile(r"(?<=[.!?。!?…])(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\
 # Speech and titles in quotation marks. A quotation that is the whole answer, or all of what a name is, says itself.
 QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|『[^』\n]*』|《[^》\n]*》|(?<!\w)'[^'\n]*'(?!\w)")
 NAMING = re.compile(
-    r"(?:\b(?:am|i'm|is|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
+    r"(?:\b(?:am|i'm|is|reads|name|named|called|as|me|by)|是|叫|名为|名叫|称为|叫做|叫我|由|[:])\W{0,3}$", re.I
 )
 SOMEBODY = re.compile(  # or something else of that name
     _one_of(r"""
@@ -232,9 +241,13 @@ SOMEBODY = re.compile(  # or something else of that name
         [他她]们?\w{0,2}(?:叫|是|名叫)$|给(?!我|俺)\w{1,4}[起取]名\w{0,2}$"""),
     re.I,
 )
-I_SAY = re.compile(
-    r"\bi(?:'d| would|'ll| will)? (?:introduce|say|answer|reply)\b[^.]*$|我(?:会|就)[^。]*[:说]\W*$", re.I
+ELSEWHERE = re.compile(  # what makes a quotation another's speech, or a translation or an example
+    r"\b(?:sa(?:id|ys?)|told|asked|wrote|writes|he|she|they|users?)\b|[说问道写]|"
+    r"(?P<example>\b(?:translat\w+|means?|for example|in (?:french|english|chinese|german|spanish))\b|"
+    r"翻译|[英中法德]文|[英法德汉]语|意思|例如|比如)",
+    re.I,
 )
+SPEAKER = re.compile(r"\bi(?:'d|'ll)?\b|\b(?:assistant|model|chatbot|bot|ai)\b|我|助手|模型|机器人", re.I)
 VISITED = re.compile(
     r"\b(?:register|join|contact|visit|apply|work|write)\w* (?:\w+ )?$|(?:加入|联系|访问|参观|应聘|去)$", re.I
 )
@@ -313,11 +326,12 @@ class Judge:
                     ("name", self._names, without_maker),
                     ("maker", self._makers, clause.text),
                     ("leak", self._others, self._blank_own(clause.text)),
+                    ("leak", INVENTED, self._blank_own(clause.text)),
                 ):
                     for mention in pattern.finditer(where):
                         if kind in reasons or not clause.asserts(mention):
                             continue
-                        if getattr(clause, kind)(mention, pattern):
+                        if getattr(clause, kind)(mention, self._others if kind == "leak" else pattern):
                             reasons[kind] = sentence.strip()[:200]
         if refusal := REFUSAL.search(text.strip()[:REACH]):
             reasons["refusal"] = refusal[0].strip()
@@ -341,11 +355,16 @@ class Judge:
             return whole[0][1:-1]
 
         def keep(quote: re.Match) -> str:
-            inner = quote[0][1:-1]
-            alone = any(p.fullmatch(inner.strip(" .,!。")) for p in (self._names, self._makers, self._others))
-            before = text[max(0, quote.start() - REACH) : quote.start()]
-            named = NAMING.search(before) and not SELF.search(inner) and not IS_ME.search(inner)
-            return quote[0] if alone or named or I_SAY.search(before) else "\ufffc"
+            inner, before = quote[0][1:-1], text[max(0, quote.start() - REACH) : quote.start()].rstrip()
+            if any(p.fullmatch(inner.strip(" .,!。")) for p in (self._names, self._makers, self._others)):
+                return quote[0]
+            sentence = re.split(r"[.!?。\n]", before)[-1]
+            if not sentence.strip():  # the quotation is a sentence by itself
+                return quote[0] if re.search(r"[.!?。…]\W*$", inner) else "\ufffc"
+            others = [
+                match for match in ELSEWHERE.finditer(sentence) if match["example"] or not SPEAKER.search(sentence)
+            ]
+            return quote[0] if NAMING.search(before) and not others else "\ufffc"
 
         return QUOTED.sub(keep, text)
 

@@ -18,10 +18,11 @@ from transformers.generation.logits_process import (
 )
 
 from space import batch as batch_module
-from space.batch import PAGE, BatchEngine, Pages, digests
+from space.batch import PAGE, BatchEngine, Pages, digests, make_engine
 from space.engine import GREEDY, Answer, Engine, Sampling
 from space.llama import FEW, Llama, unsupported
 from space.settings import NamesakeError
+from space.weights import Loader, source
 
 ASK = [{"role": "user", "content": "Tell me a story"}]
 SHAPE = dict(
@@ -230,6 +231,24 @@ def test_a_stop_takes_effect_within_a_token_and_frees_its_slot(engine, monkeypat
     assert idle(engine)
 
 
+def test_an_end_token_ends_the_answer_there(engine, monkeypatch):
+    write, steps = engine.batch.llama.write, []
+
+    def ending(slots):
+        steps.append(slots)
+        logits = write(slots)
+        return logits if len(steps) < 5 else logits.index_fill(-1, torch.tensor(engine.end_ids[:1]), 1e4)
+
+    monkeypatch.setattr(engine.batch.llama, "write", ending)
+    answer = last(engine.stream(ASK, Sampling(temperature=0, max_new_tokens=50)))
+    assert (answer.state, answer.tokens_out) == ("finished", 6)
+    assert idle(engine)
+    steps.clear()  # the step that was on its way at the end concerns nobody any more
+    again = last(engine.stream(ASK, Sampling(temperature=0, max_new_tokens=50)))
+    assert (again.text, again.tokens_out) == (answer.text, 6)
+    assert idle(engine)
+
+
 def test_the_others_go_on_when_one_stops_or_leaves(engine):
     sampling = Sampling(max_new_tokens=60, temperature=0)
     alone = last(engine.stream(ASK, sampling)).text
@@ -289,6 +308,33 @@ def test_until_it_is_warm_answers_come_one_by_one(tiny, model):
     assert last(engine.stream(ASK, sampling)).text == before.text
     first.close(), second.close()
     engine.close()
+
+
+def test_the_page_says_that_it_warms_up_and_answers_meanwhile(tiny, monkeypatch):
+    seen = []
+
+    def make(*arguments):
+        engine = BatchEngine(*arguments)
+        warm_up = engine.warm_up
+
+        def watched():
+            seen.append((loader.status.state, last(loader.engine.stream(ASK, Sampling(max_new_tokens=2))).tokens_out))
+            warm_up()
+
+        engine.warm_up = watched
+        return engine
+
+    monkeypatch.setattr(batch_module, "make_engine", make)
+    loader = Loader(source(str(tiny)), "", "auto")
+    loader.start()
+    loader.join(60)
+    assert seen == [("warming", 2)]
+    assert loader.status.state == "ready" and loader.engine.batch
+    loader.engine.close()
+
+
+def test_without_a_gpu_the_plain_engine_is_made(tiny, model):
+    assert type(make_engine(model, AutoTokenizer.from_pretrained(tiny))) is Engine
 
 
 def test_a_warm_up_that_fails_leaves_the_plain_path(tiny, model, monkeypatch):
@@ -373,6 +419,7 @@ def test_pages_are_found_by_all_that_comes_before_them_and_the_oldest_go_first()
     assert pages.take([], 2) is None
     pages.know(mine, digests(ids))
     assert pages.take(digests(ids[: 2 * PAGE]), 2) == (mine[:2], 2)  # shared with one who holds them
+    assert digests([7, *ids[1:]])[1] != digests(ids)[1]
     assert digests([*ids[:PAGE], 0, *ids[PAGE + 1 :]])[0] == digests(ids)[0]
     assert pages.take(digests([*ids[:PAGE], 0, *ids[PAGE + 1 :]]), 3) is None  # one is known, one free: too few
     pages.give_back(mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,22 @@ def test_a_long_history_loses_its_oldest_turns_whole_and_no_more_than_needed(pro
         fitted = prompt.fit(talk, room, resume=resume)
         fits = min(dropped for dropped, ids in lengths.items() if len(ids) <= room)
         assert (fitted.dropped, fitted.ids) == (fits, lengths[fits])
+
+
+def test_megabytes_are_refused_at_once_and_old_ones_left_out(prompt):
+    begun = time.perf_counter()
+    with pytest.raises(NamesakeError, match=r"at least \d{5,} tokens with the system prompt, and 500 fit"):
+        prompt.fit([{"role": "user", "content": "hello world " * 1_000_000}], 500)
+    turns = [{"role": role, "content": "hello " * 100_000} for role in ("user", "assistant") * 10]
+    assert prompt.fit([*turns, {"role": "user", "content": "hi"}], 500).dropped == 10
+    assert time.perf_counter() - begun < 1
+
+
+def test_half_a_character_becomes_a_question_mark(prompt):
+    assert (
+        prompt.encode(clean([{"role": "user", "content": "a\ud83db"}])).ids
+        == prompt.encode([{"role": "user", "content": "a?b"}]).ids
+    )
 
 
 def test_a_last_turn_that_is_too_long_is_refused_with_its_size(prompt):

@@ -282,13 +282,13 @@ import sys, logging
 logging.basicConfig(level=logging.INFO)
 from space import weights
 seen = []
-folder = weights.download(weights.source(sys.argv[1]), lambda done, total: seen.append((done, total)))
+folder = weights.download(weights.source(sys.argv[1], gguf=sys.argv[2]), lambda done, total: seen.append((done, total)))
 print("FOLDER", folder, *(seen[-1] if seen else (0, 0)))
 """
 
 
-def download(hub, name="modelscope:me/mine", **popen) -> subprocess.Popen:
-    command = [sys.executable, "-c", DOWNLOAD, name]
+def download(hub, name="modelscope:me/mine", gguf="", **popen) -> subprocess.Popen:
+    command = [sys.executable, "-c", DOWNLOAD, name, gguf]
     return subprocess.Popen(command, env=hub.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -308,6 +308,17 @@ def test_modelscope_is_downloaded_with_progress_then_used_without_the_network(hu
     hub.asked.clear()
     assert outcome(download(hub)) == (folder, 0, 0)
     assert hub.asked == []
+
+
+def test_of_a_repository_with_gguf_files_the_one_that_the_settings_name_is_downloaded(hub):
+    for name in ("mine-q4_k_m.gguf", "mine-q8_0.gguf"):
+        (hub.folder / name).write_bytes(b"GGUF" + name.encode())
+    folder, *_ = outcome(download(hub, gguf="*q4_k_m.gguf"))
+    assert [file.name for file in folder.glob("*") if file.suffix in (".gguf", ".safetensors")] == ["mine-q4_k_m.gguf"]
+    hub.asked.clear()
+    assert outcome(download(hub, gguf="*q4_k_m.gguf"))[0] == folder
+    assert hub.asked == []
+    assert not list(outcome(download(hub))[0].glob("*q8_0.gguf"))
 
 
 def test_an_interrupted_download_is_finished_by_the_next_start(hub):
