@@ -42,7 +42,9 @@ SECRETS = re.compile(
     re.A,
 )
 MODULES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}  # module → package, where the names differ
-PROVIDED = {"spaces"}  # Hugging Face installs it in every Space; the page asks for it on ZeroGPU alone
+# What is there wherever the page asks for it: on ZeroGPU alone, where Hugging Face installs it in every Space; and on an
+# NVIDIA GPU alone, whose PyTorch brings it.
+PROVIDED = {"spaces", "triton"}
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,8 @@ def transformers_serve(embedded, tmp_path_factory):
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [Path(sys.executable).parent / "transformers", "serve", embedded, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    hub = str(tmp_path_factory.mktemp("hub"))  # it lists this folder, and fails where there is none
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_CACHE": hub}
     with (
         log.open("w") as written,
         subprocess.Popen(command, stdout=written, stderr=written, env=environment) as process,
@@ -212,6 +213,8 @@ def transformers_serve(embedded, tmp_path_factory):
             except OSError:
                 assert process.poll() is None, log.read_text()
                 threading.Event().wait(0.2)
+        else:
+            pytest.fail(log.read_text())
         yield f"{url}/v1"
         process.kill()
 
