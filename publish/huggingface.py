@@ -147,7 +147,7 @@ class HuggingFace:
         message: str,
         state: Path,
         replaces: Callable[[dict[str, str]], set[str]],
-        watch: Callable[[int, int], None],
+        watch: Callable[[int, int], None] | None,
     ) -> Pushed:
         """Publish files in one commit on top of what is there; the client shows its own progress bars."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete

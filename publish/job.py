@@ -290,8 +290,9 @@ class Job:
         with self._progress() as progress:
             task = progress.add_task(f"{len(files)} files", total=None, visible=not self.hub.shows_progress)
             state = self.folder / f"{kind}.git"
+            seen = self.console.is_terminal
             watch = lambda sent, total: progress.update(task, completed=sent, total=total)  # noqa: E731
-            return self.hub.publish(kind, id, files, message, state, replaces, watch)
+            return self.hub.publish(kind, id, files, message, state, replaces, watch if seen else None)
 
     def _redact(self, text: str) -> str:
         """A line of the Space's log, without the tokens that it knows."""

@@ -241,12 +241,12 @@ class Repository:
         message: str,
         *,
         replaces: Callable[[dict[str, str]], set[str]],
-        watch: Callable[[int, int], None] = lambda sent, total: None,
+        watch: Callable[[int, int], None] | None = None,
     ) -> Pushed:
         """Make the remote's branch hold `files` in one commit on top of what it holds.
 
         `replaces(paths)` says which of the files already there go away; `watch(sent, total)` hears of the bytes of
-        weights that go up. Raises NamesakeError; running it again goes on where it stopped.
+        weights that go up, which costs a little speed. Raises NamesakeError; running it again goes on where it stopped.
         """
         for _ in range(3):
             parent = self.fetch()
@@ -306,7 +306,7 @@ class Repository:
     def _blob(self, text: str) -> str:
         return self.git("hash-object", "-w", "--stdin", stdin=text).strip()
 
-    def _upload(self, weights: list[File], watch: Callable[[int, int], None]) -> int:
+    def _upload(self, weights: list[File], watch: Callable[[int, int], None] | None) -> int:
         """Send what the hub does not hold yet, and see that it then holds everything. Returns the bytes sent."""
         missing = self.remote.missing(weights)
         store = self.folder / "lfs" / "objects"
@@ -319,15 +319,16 @@ class Repository:
             place = store / oid[:2] / oid[2:4] / oid
             place.parent.mkdir(parents=True, exist_ok=True)
             link(file.source.resolve(), place)
-        watch(0, total)
+        told = watch or (lambda sent, total: None)
+        told(0, total)
         oids = list(objects)
-        with _Progress() as progress:
+        with _Progress(wanted=watch is not None) as progress:
             for start in range(0, len(oids), ARGUMENTS):
                 self.git(
                     "lfs", "push", "--object-id", "origin", *oids[start : start + ARGUMENTS],
-                    watch=lambda: watch(progress.sent(), total), **progress.environment,
+                    watch=lambda: told(progress.sent(), total), **progress.environment,
                 )  # fmt: skip
-        watch(total, total)
+        told(total, total)
         shutil.rmtree(store)
         if lost := self.remote.missing(objects.values()):
             raise NamesakeError(
@@ -345,8 +346,12 @@ class _Progress:
     in memory, and is emptied whenever it is read. Where there is no such place, progress is not known.
     """
 
+    def __init__(self, wanted: bool):
+        self._wanted = wanted
+
     def __enter__(self) -> _Progress:
-        self._folder = tempfile.TemporaryDirectory(dir=MEMORY) if MEMORY.is_dir() else None
+        there = self._wanted and MEMORY.is_dir()
+        self._folder = tempfile.TemporaryDirectory(dir=MEMORY) if there else None
         self._file = Path(self._folder.name) / "progress" if self._folder else None
         self.environment = {"GIT_LFS_PROGRESS": str(self._file)} if self._file else {}
         self._sent: dict[str, int] = {}

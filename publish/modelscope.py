@@ -160,7 +160,7 @@ class ModelScope:
         message: str,
         state: Path,
         replaces: Callable[[dict[str, str]], set[str]],
-        watch: Callable[[int, int], None],
+        watch: Callable[[int, int], None] | None,
     ) -> Pushed:
         """Push files in one commit; `state` keeps git's side of it between runs."""
         return Repository(state, self.remote(kind, id)).push(files, message, replaces=replaces, watch=watch)
