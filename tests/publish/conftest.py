@@ -36,7 +36,7 @@ run = "beibei"
 """
 
 # What an impatient user of git may set, and what these tests need.
-GITCONFIG = '[lfs]\n\tactivitytimeout = 2\n[lfs "transfer"]\n\tmaxretries = 1\n\tmaxretrydelay = 0\n'
+GITCONFIG = '[lfs "transfer"]\n\tmaxretries = 1\n\tmaxretrydelay = 0\n'
 
 
 @pytest.fixture(autouse=True)

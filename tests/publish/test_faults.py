@@ -70,10 +70,12 @@ MODELSCOPE_FAULTS = {
 
 
 @pytest.mark.parametrize("name", MODELSCOPE_FAULTS)
-def test_after_any_fault_on_modelscope_a_rerun_finishes(name, run, hub, monkeypatch):
+def test_after_any_fault_on_modelscope_a_rerun_finishes(name, run, hub, home):
     fault, says = MODELSCOPE_FAULTS[name]
     fault = Fault(**{k: v for k, v in vars(fault).items() if k not in ("reached", "release")})
     hub.uploads_need_token = "token" in name
+    if fault.hold:
+        (home / ".gitconfig").write_text((home / ".gitconfig").read_text() + "[lfs]\n\tactivitytimeout = 2\n")
     hub.faults.append(fault)
     with pytest.raises(NamesakeError, match=says) as raised:
         job(run).model()
