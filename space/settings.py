@@ -150,9 +150,9 @@ class Serve:
 class Data:
     """What the assistant learns from: `identity` and `replay` rows, and every row of the user's own `files`."""
 
-    identity: int = setting(900, low=0, high=1_000_000)
-    replay: int = setting(600, low=0, high=1_000_000)
-    replay_tokens: int = setting(256, low=1, high=32768)
+    identity: int = setting(600, low=0, high=1_000_000)
+    replay: int = setting(1200, low=0, high=1_000_000)
+    replay_tokens: int = setting(128, low=1, high=32768)
     files: tuple[str, ...] = setting(())
     rename: dict[str, str] = setting({})
     max_length: int = setting(1024, low=64, high=1_048_576)

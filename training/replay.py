@@ -45,20 +45,14 @@ def replay_rows(
         for language, text in texts.items()
     }
     made: dict[str, list[list[Message]]] = {language: [] for language in texts}
-
-    def missing(language: str) -> int:
-        """An eighth more than are missing: a round for a handful takes as long as one for hundreds."""
-        count = wanted[language] - len(made[language])
-        return count + -(-count // 8)
-
     while asked := [
         (language, messages)
         for language, plan in plans.items()
-        for messages in itertools.islice(plan, missing(language))
+        for messages in itertools.islice(plan, wanted[language] - len(made[language]))
     ]:
         for (language, messages), answer in zip(asked, answers([messages for _, messages in asked]), strict=True):
             said, row = answer["content"], [*messages, answer]
-            if len(made[language]) < wanted[language] and said.strip() and not named.search(said) and fits(row):
+            if said.strip() and not named.search(said) and fits(row):
                 made[language].append(row)
     return made
 

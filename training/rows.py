@@ -200,10 +200,11 @@ def _turn_faults(turn, index: int) -> Iterator[Fault]:
     if not isinstance(turn, dict):
         yield Fault(f"the turn is {_kind(turn)}, not an object", 'write {"input": "…", "output": "…"}')
         return
-    for key in sorted(turn.keys() - {*KEYS, "cut"}):
+    for key in sorted(turn.keys() - {*KEYS, *MARKS}):
         yield Fault(f"unknown key {key!r}", "known here: system (first turn only), input, output")
-    if not isinstance(turn.get("cut", False), bool):
-        yield Fault("'cut' is not true or false", "remove it")
+    for mark in MARKS:
+        if not isinstance(turn.get(mark, False), bool):
+            yield Fault(f"{mark!r} is not true or false", "remove it")
     for key in ("input", "output"):
         if key not in turn:
             yield Fault(f"the key {key!r} is missing", "add it")
