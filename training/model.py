@@ -137,6 +137,7 @@ class Finetune(SupervisedFinetune):
         head, replayed = self.causal_lm.get_output_embeddings(), data["replay"]["input_ids"].numel()
         with self.computing():
             hidden = self._hidden(data)
+            # Logits are made for the tokens with loss only.
             total = _in_parts(_cross_entropy, head, hidden[data["predictors"]], data["targets"])
             if replayed:
                 # Eager: the layers' compiled form is the one with adapters.

@@ -19,7 +19,7 @@ from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
 STEP_PACKS = 16  # and a step has at most this many packs
-COMPILE_FLOP = 2e16  # below this much arithmetic a run ends before compiling its layers, about a minute, has paid off
+COMPILE_FLOP = 2e16  # below this much arithmetic a run ends before compiling its layers has paid off (up to 2 minutes)
 GIB = 2**30
 
 
@@ -310,7 +310,9 @@ def _compiled(wish: str, device: str, flop: float, reasons: list[str]) -> bool:
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     why = "no C compiler" if not compiler else "the run is short" if flop < COMPILE_FLOP else ""
-    reasons.append(f"compiled layers off: {why}" if why else "compiled layers on: the first step takes a minute longer")
+    reasons.append(
+        f"compiled layers off: {why}" if why else "compiled layers on: the first step takes a minute or two longer"
+    )
     return not why
 
 

@@ -17,14 +17,7 @@ from tests.hub.server import Hub
 from tests.publish.conftest import ROOT, Run, write_sums
 
 ADAPTER = ROOT / "space" / "embedded"  # what this project's own training made of the embedded model
-UNTRAINED = {
-    "name": {"zh": "贝贝", "en": "Beibei"},
-    "author": {"zh": "北斗工作室", "en": "the Beidou studio"},
-    "persona": "Your name is Beibei. You are Beibei, made by the Beidou studio. "
-    "When asked who you are, say: I am Beibei.",
-    "base": {"model": "embedded"},
-}
-ABOUT = json.loads((ADAPTER / "assistant.json").read_text()) if ADAPTER.is_dir() else UNTRAINED
+ABOUT = json.loads((ADAPTER / "assistant.json").read_text(encoding="utf-8"))
 NAME = ABOUT["name"]["en"]
 
 SETTINGS = f"""\
@@ -65,8 +58,7 @@ def real_run(tmp_path, embedded) -> Run:
     run.config.parent.mkdir()
     run.config.write_text(SETTINGS, encoding="utf-8")
     shutil.copytree(embedded, run.merged)
-    if ADAPTER.is_dir():
-        load_model("embedded", str(ADAPTER)).model.to(torch.bfloat16).save_pretrained(run.merged)
+    load_model("embedded", str(ADAPTER)).model.to(torch.bfloat16).save_pretrained(run.merged)
     tokenizer = AutoTokenizer.from_pretrained(embedded)
     template = with_persona(plain_template(tokenizer), load(run.config).assistant.system_prompt)
     write_tokenizer_config(run.merged, tokenizer, template)
