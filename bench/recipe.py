@@ -40,22 +40,38 @@ LONG = (
 )
 SWIFT = "You are a helpful assistant."
 
-START = dict(identity=1000, replay=300, replay_tokens=256, rank=16, alpha=32, rate=5e-4, epochs=3, anchor=1.0)
-SMALL = dict(identity=700, replay=120, replay_tokens=64, rank=8, alpha=16, rate=1e-3, epochs=1)
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+START = dict(identity=600, replay=1200, replay_tokens=128, rank=16, alpha=32, rate=5e-4, epochs=2, anchor=1.0)
+SMALL = dict(identity=700, replay=400, replay_tokens=64, rank=8, alpha=16, rate=1e-3, epochs=1)
 
 VARIANTS = {
-    "start": {},
-    "rate 1e-3": dict(rate=1e-3),
-    "anchor 0": dict(anchor=0.0),
-    "rate 1e-3 anchor 4": dict(rate=1e-3, anchor=4.0),
-    "small": SMALL,
-    "small epochs 2 identity 500": SMALL | dict(identity=500, epochs=2),
     "tutorial": dict(identity=0, replay=0, rows="tutorial", rank=64, alpha=16, dropout=0.1, batch=1, accumulate=1,
                      epochs=3, max_length=2048, rate=2e-4, anchor=0.0),
+    "start": {},
+    "start both": {},
+    "start reverse": {},
+    "anchor 0": dict(anchor=0.0),
+    "start both rate 1e-3": dict(rate=1e-3),
     # 16 rows a step, which are about two packs
     "ms-swift": dict(identity=0, replay=1000, rows="ms-swift", rank=8, alpha=32, rate=1e-4, epochs=1, batch=1,
                      accumulate=2, anchor=0.0),
+    "small": SMALL,
+    "small both": SMALL,
+    "small reverse": SMALL,
+    "small both anchor 3": SMALL | dict(anchor=3.0),
+    "small both epochs 2": SMALL | dict(epochs=2),
+    "small both identity 400 epochs 2": SMALL | dict(identity=400, epochs=2),
+    "small both rate 2e-3": SMALL | dict(rate=2e-3),
+    "A both": SMALL | dict(identity=1000, replay=300),
+    "B both": SMALL | dict(identity=1000, replay=300, rate=2e-3),
+    "C reverse": SMALL | dict(identity=1000, replay=300, rate=2e-3),
+    "D reverse": SMALL | dict(identity=1000, replay=300, rate=1e-3),
+    "E reverse": SMALL | dict(identity=1000, replay=400, rate=2e-3, epochs=2),
+    "qlora both": SMALL | dict(identity=1000, replay=300, rate=2e-3, method="qlora"),
+    "F": SMALL | dict(identity=1000, replay=300, rate=2e-3),
+    "G both": SMALL | dict(identity=1300, replay=300, rate=2e-3),
+    "H both": dict(identity=1500, replay=1200, rate=1e-3),
+    "I reverse": dict(identity=1500, replay=800, rate=1e-3, epochs=2),
+    "J both": SMALL | dict(identity=1000, replay=300, rate=2e-3, rank=16, alpha=32),
 }  # fmt: skip
 
 
@@ -109,24 +125,28 @@ def write_settings(folder: Path, variant: dict) -> Path:
     return path
 
 
-def prepare(variants: dict[str, Path], answers: Path) -> None:
-    """Make every variant's data, and the base's own answers to the evaluation, which are the same for all."""
+def prepare(variants: dict[str, Path]) -> None:
+    """Make every variant's data."""
     from space.settings import load
-    from training import base, data, evaluate
+    from training import data
 
     for name, path in variants.items():
-        settings = load(path)
-        base.base(settings)
-        data.data(settings)
+        data.data(load(path))
         if kind := VARIANTS[name].get("rows"):
             repeat_rows(kind, path)
-    if not answers.is_file():
-        source = str(base.folder(settings))
-        header = {"before": evaluate.weights_identity(source), "persona": settings.assistant.system_prompt}
-        kept = evaluate.Answers(answers.with_suffix(".part"), header | {"quick": False}, False)
-        evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False, lambda done=1: None)
-        kept.close()
-        kept.path.rename(answers)
+
+
+def ask_base(path: Path, answers: Path) -> None:
+    """Let the base answer the evaluation, which is the same for all variants."""
+    from space.settings import load
+    from training import base, evaluate
+
+    settings, source = load(path), str(base.folder(load(path)))
+    header = {"before": evaluate.weights_identity(source), "persona": settings.assistant.system_prompt}
+    kept = evaluate.Answers(answers.with_suffix(".part"), header | {"quick": False}, False)
+    evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False, lambda done=1: None)
+    kept.close()
+    kept.path.rename(answers)
 
 
 def make(path: Path, answers: Path) -> None:
@@ -134,6 +154,7 @@ def make(path: Path, answers: Path) -> None:
     from space.settings import load
     from training import convert, evaluate, merge, train
 
+    os.environ["NAMESAKE_KL"] = next((kind for kind in ("both", "reverse") if kind in path.parent.name), "forward")
     settings = load(path)
     report = settings.work / "report"
     report.mkdir(parents=True, exist_ok=True)
@@ -144,19 +165,18 @@ def make(path: Path, answers: Path) -> None:
     evaluate.evaluate(settings, resume=True)
 
 
-def run(name: str, job, *arguments) -> bool:
-    """Run one of the two above in a process, its words in a log; False, and the log's end, when it fails."""
+def run(log: Path, gpu: int, job, *arguments) -> bool:
+    """Run one of the three above in a process, on one GPU, its words in a log; False, and the reason, when it fails."""
     begun = time.perf_counter()
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), quiet, (arguments[-1].with_name(f"{name}.log"),)
-    ) as one:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin, initargs=(log, gpu)) as one:
         error = one.submit(job, *arguments).exception()
-    print(f"{name}: {time.perf_counter() - begun:.0f} s {error or ''}", flush=True)
+    print(f"{log.stem}: {time.perf_counter() - begun:.0f} s {error or ''}", flush=True)
     return not error
 
 
-def quiet(log: Path) -> None:
-    """Send what this process prints to a file."""
+def begin(log: Path, gpu: int) -> None:
+    """Send what this process prints to a file, and let it see one GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
@@ -188,27 +208,36 @@ def main(
     work: Annotated[Path, typer.Argument(help="Where the variants are made.")],
     variants: Annotated[list[str] | None, typer.Argument(help="Which; by default all.")] = None,
     jobs: Annotated[int, typer.Option(help="Variants trained side by side.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs to spread them over.")] = 1,
 ) -> None:
     """Train and evaluate each variant; the table goes to WORK/table.md."""
+    from space.settings import load
+    from training import base
+
     work = work.resolve()
     settings = {}
     for name in variants or VARIANTS:
         folder = work / name.replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         settings[name] = write_settings(folder, VARIANTS[name])
-    answers = work / "answers.before.jsonl"
-    if not run("data", prepare, settings, answers):
+    first, answers = next(iter(settings.values())), work / "answers.before.jsonl"
+    base.base(load(first))
+    with ThreadPoolExecutor(2) as pool:
+        ready = [pool.submit(run, work / "data.log", 0, prepare, settings)]
+        if not answers.is_file():
+            ready.append(pool.submit(run, work / "base.log", gpus - 1, ask_base, first, answers))
+    if not all(one.result() for one in ready):
         raise typer.Exit(1)
     table = work / "table.md"
     table.write_text(HEAD, encoding="utf-8")
 
-    def one(name: str) -> None:
-        if run(name.replace(" ", "-"), make, settings[name], answers):
+    def one(place: int, name: str) -> None:
+        if run(work / f"{name.replace(' ', '-')}.log", place % gpus, make, settings[name], answers):
             with table.open("a", encoding="utf-8") as file:
                 file.write(row(name, settings[name].parent) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, settings))
+        list(pool.map(one, itertools.count(), settings))
     print(table.read_text(encoding="utf-8"))
 
 
