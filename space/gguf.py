@@ -28,6 +28,9 @@ TOKENIZER_CONFIG = "namesake.tokenizer_config"
 ASSISTANT = "namesake.assistant"  # the text of assistant.json
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # a container's quota: microseconds of a core, and in how many
+# A container's limit of memory and its use, in the files of cgroup's second and first version.
+CGROUP = Path("/sys/fs/cgroup")
+MEMORY = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 SLOTS = 4  # conversations whose keys and values are kept, so that their next turn reads only what is new
 CHUNK = 512  # prompt tokens read at once when nobody else is being answered …
@@ -242,8 +245,6 @@ def start(file: Path, context: int = 0, concurrency: int = 1, queue: int = 64) -
     `context`: tokens that a conversation may have; 0: what the model knows, as far as a quarter of the free memory
     holds the keys and values. Raises NamesakeError where the file or the binding is missing or broken.
     """
-    import psutil
-
     llama = binding()
     try:
         with file.open("rb") as opened:
@@ -263,7 +264,7 @@ def start(file: Path, context: int = 0, concurrency: int = 1, queue: int = 64) -
     heads = int(told.get(f"{kind}.attention.head_count_kv") or model.n_head_kv)
     width = int(told.get(f"{kind}.attention.key_length") or model.n_embd // model.n_head)
     each = 2 * 2 * model.n_layer * heads * width  # bytes a token: keys and values in float16
-    fits = psutil.virtual_memory().available // 4 // (each * slots)
+    fits = free_memory() // 4 // (each * slots)
     context = min(context or model.n_ctx_train, model.n_ctx_train, max(fits, 512)) // 256 * 256
     vocabulary = model.get_vocab()
     ends = [token for token in range(vocabulary.n_vocab) if vocabulary.is_eog(token)]
@@ -298,6 +299,24 @@ def threads() -> int:
     except (OSError, ValueError):  # no cgroup, or "max": no quota
         pass
     return cores
+
+
+def free_memory() -> int:
+    """The bytes that this process may still take: those free in the machine, or fewer where its container has a limit.
+
+    Files that the kernel keeps in memory and would give up first count as free, as Kubernetes counts them.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in MEMORY:
+        try:
+            most, now = (int((CGROUP / name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in (CGROUP / used).with_name("memory.stat").read_text().splitlines())
+            free = min(free, most - now + int(stat.get("total_inactive_file") or stat["inactive_file"]))
+        except (OSError, ValueError, KeyError):  # no such cgroup, or "max": no limit
+            pass
+    return max(free, 0)
 
 
 @functools.cache

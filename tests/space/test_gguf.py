@@ -216,3 +216,26 @@ def test_a_quota_of_the_container_limits_the_threads(monkeypatch, tmp_path):
     assert THREADS() == 2
     quota.write_text("max 100000\n")
     assert THREADS() == 16
+
+
+def test_a_memory_limit_of_the_container_bounds_the_context(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(gguf, "CGROUP", tmp_path)
+    machine = gguf.free_memory()
+    assert machine > 10**8
+    (tmp_path / "memory").mkdir()
+    for (limit, used), cached in zip(gguf.MEMORY, ("inactive_file 300", "total_inactive_file 300"), strict=True):
+        (tmp_path / limit).write_text("1000000\n")
+        (tmp_path / used).write_text("400000\n")
+        (tmp_path / limit).with_name("memory.stat").write_text(f"anon 5\n{cached}\n")
+        assert gguf.free_memory() == 600_300
+        (tmp_path / limit).write_text("max\n")
+        assert gguf.free_memory() > 10**8
+    (tmp_path / "memory.max").write_text("500000\n")
+
+    long = Path(shutil.copytree(folder, tmp_path / "long"))
+    config = json.loads((long / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (long / "config.json").write_text(json.dumps(config))
+    export.write(long, tmp_path / "long.gguf")
+    assert gguf.start(tmp_path / "long.gguf")[0].context == 512
+    monkeypatch.setattr(gguf, "CGROUP", tmp_path / "none")
+    assert gguf.start(tmp_path / "long.gguf")[0].context == 2048
