@@ -12,7 +12,7 @@ from string import Template
 
 import yaml
 
-from publish.contents import Model
+from publish.contents import Model, decimal
 from space.settings import NamesakeError, Settings
 
 CARDS = Path(__file__).parent / "cards"
@@ -40,7 +40,7 @@ SNIPPET = """\
 from {client} import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = snapshot_download("{id}")
+folder = snapshot_download("{id}"{without})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", device_map="auto")
 chat = [{{"role": "user", "content": "{question}"}}]
@@ -63,6 +63,10 @@ EVALUATED = {
 NOT_EVALUATED = {"zh": "这些权重没有经过评测。", "en": "These weights have not been evaluated."}
 FAILED = {"zh": "**没有达到发布标准。**", "en": "**It did not reach the mark that was set for publishing it.**"}
 CLIENTS = {"modelscope": "modelscope", "huggingface": "huggingface_hub"}  # hub → the Python package that downloads
+ONE_FILE = {
+    "modelscope": "modelscope download --model {id} {file} --local_dir .",
+    "huggingface": "hf download {id} {file} --local-dir .",
+}
 
 
 def length(readme: str) -> int:
@@ -126,20 +130,24 @@ def model(settings: Settings, model: Model, hub: str, id: str) -> str:
         f"  title = {{{_bibtex(assistant.name.pick('en'))}}},\n  author = {{{_bibtex(assistant.author.pick('en'))}}},\n"
         f"  howpublished = {{{hub}: {id}}}\n}}",
     }
+    without = ', ignore_patterns=["*.gguf"]' if model.gguf else ""
     for code, names in (("zh", zh), ("en", en)):
         names |= values | _names(settings, code)
         names[f"description_{code}"] = settings.card.description.pick(code)
         question = QUESTIONS[code if code in assistant.languages else assistant.languages[0]]
-        names["snippet"] = SNIPPET.format(client=CLIENTS[hub], id=id, question=question)
+        names["snippet"] = SNIPPET.format(client=CLIENTS[hub], id=id, question=question, without=without)
         names["curl"] = CURL.format(question=question)
+        names[f"gguf_{code}"] = _gguf(model, hub, id, code)
         names[f"training_{code}"] = _training(model, code)
         names[f"evaluation_{code}"] = _evaluation(model, code)
         names[f"languages_{code}"] = _languages(assistant.languages, code)
     return front(_model_matter(settings, base, hub)) + _bodies(hub, "model", {"zh": zh, "en": en}, DESCRIBED)
 
 
-def space(settings: Settings, hub: str, id: str, model_page: str, sdk_version: str, hardware: str) -> str:
-    """The Space's README for one hub, with the model that its page downloads."""
+def space(
+    settings: Settings, hub: str, id: str, model_page: str, sdk_version: str, hardware: str, gguf: str = ""
+) -> str:
+    """The Space's README for one hub, with the model that its page downloads, or that model's GGUF file alone."""
     matter: dict = {"title": settings.page.title.pick("zh") or settings.assistant.name.pick("zh")}
     if hub == "modelscope":
         matter = {
@@ -161,7 +169,7 @@ def space(settings: Settings, hub: str, id: str, model_page: str, sdk_version: s
             "models": [id],
             "license": settings.hub.license,
             "suggested_hardware": hardware,
-            "preload_from_hub": [id],
+            "preload_from_hub": [f"{id} {gguf}".strip()],
         }
     texts = {code: {"id": id, "model_page": model_page, **_names(settings, code)} for code in ("zh", "en")}
     return front(matter) + _bodies(hub, "space", texts, 0)
@@ -230,6 +238,16 @@ def _bibtex(text: str) -> str:
 def _languages(codes: tuple[str, ...], language: str) -> str:
     names = {"zh": {"zh": "中文", "en": "英文"}, "en": {"zh": "Chinese", "en": "English"}}[language]
     return ("、" if language == "zh" else " and ").join(names[code] for code in codes)
+
+
+def _gguf(model: Model, hub: str, id: str, language: str) -> str:
+    """What the GGUF file is and how it runs, "" where there is none."""
+    if not (gguf := model.gguf):
+        return ""
+    download = ONE_FILE[hub].format(id=id, file=gguf.path)
+    values = dict(file=gguf.path, size=decimal(gguf.size), sha256=gguf.sha256, hub=hub, id=id, download=download)
+    text = (CARDS / f"gguf.{language}.md").read_text(encoding="utf-8")
+    return Template(text).substitute(values, client=CLIENTS[hub])
 
 
 def _training(model: Model, language: str) -> str:

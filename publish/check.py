@@ -18,7 +18,7 @@ from typing import BinaryIO
 from packaging.utils import canonicalize_name
 
 from publish import card, contents
-from publish.contents import File, Model
+from publish.contents import File, Model, decimal
 from publish.lfs import belongs_in_lfs
 from publish.token import Token
 from space.settings import NamesakeError, Settings
@@ -107,7 +107,7 @@ def _gate(model: Model) -> Iterator[Row]:
 
 def _weights(model: Model, hub) -> Iterator[Row]:
     again = "Run: python -m training merge"
-    files = {file.path: file for file in model.files}
+    files = {file.path: file for file in model.files if file != model.gguf}
     sums = {
         path: digest for path, digest in contents.sums_of(model.folder).items() if path not in contents.NOT_PUBLISHED
     }
@@ -139,6 +139,13 @@ def _weights(model: Model, hub) -> Iterator[Row]:
     faults += [f"{f.path} is larger than {hub.file_limit / 1e9:.0f} GB, the hub's limit" for f in large]
     found = "; ".join(faults[:3]) or f"{len(shards)} × safetensors, {decimal(model.bytes)}"
     yield Row("weights", not faults, found, again)
+
+    if gguf := model.gguf:
+        folder = gguf.source.parent
+        whole = contents.sums_of(folder).get(gguf.path) == gguf.sha256
+        found = f"{gguf.path}, {decimal(gguf.size)}" if whole else f"{gguf.path} has changed since the export"
+        fix = f"Delete {folder}, and run: python -m training export --gguf {folder.name.removeprefix('gguf-')}"
+        yield Row("GGUF", whole, found, fix)
 
 
 def _links(folder: Path) -> list[str]:
@@ -315,8 +322,3 @@ def _room(model: Model, page: list[File], hub) -> Iterator[Row]:
         faults.append(f"{plain / 1e6:.0f} MB outside LFS, of {hub.plain_limit / 1e6:.0f} MB allowed")
     total = sum(file.size for file in files)
     yield Row("room needed", not faults, "; ".join(faults) or f"{decimal(total)} on the hub", "Publish less")
-
-
-def decimal(size: int) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

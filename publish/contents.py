@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,10 +18,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from space.settings import NamesakeError, Settings
+from training import record  # a few lines over the standard library, as the package itself is empty
 
 PAGE = ("app.py", "assistant.toml", "requirements.txt")  # and space/
 CLOCK = 20_000_000  # ns; the times of files are no finer than 10 ms on some systems
 NOT_PUBLISHED = {"README.md"}  # of the merged folder: the card is made anew
+QUANTIZATIONS = ("q4_k_m", "q8_0")  # what training/export.py can make
 
 
 @dataclass(frozen=True)
@@ -100,18 +103,22 @@ def sums_of(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Model:
-    """The merged folder: its files as they are, what `assistant.json` says of it, and the evaluation's report."""
+    """The merged folder: its files as they are, what `assistant.json` says of it, and the evaluation's report.
+
+    `files` ends with `gguf`, the GGUF file made from these weights, where [serve] gguf asks for one.
+    """
 
     folder: Path
     files: tuple[File, ...]
+    gguf: File | None
     about: dict
     report: dict
     picture: Path | None
-    hashes: Hashes
+    hashes: tuple[Hashes, ...]
 
     @property
     def identity(self) -> str:
-        """The weights' identity: the SHA-256 of SHA256SUMS, which lists every other file."""
+        """The weights' identity: the SHA-256 of SHA256SUMS, which lists every other file of the merged folder."""
         return next((file.sha256 for file in self.files if file.path == "SHA256SUMS"), "")
 
     @property
@@ -121,7 +128,10 @@ class Model:
 
 
 def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -> Model:
-    """The merged model of this run, with every file's hash. Raises NamesakeError where there is none."""
+    """The merged model of this run, with every file's hash.
+
+    Raises NamesakeError where there is none, or not the one GGUF file that [serve] gguf asks for.
+    """
     folder, report = settings.work / "merged", settings.work / "report"
     if not (folder / "SHA256SUMS").is_file():
         raise NamesakeError(
@@ -132,23 +142,78 @@ def model(settings: Settings, read: Callable[[int], None] = lambda size: None) -
     paths = sorted(
         p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in NOT_PUBLISHED
     )
-    hashes = Hashes(folder, settings.work / "publish" / "hashes.json")
-    files = tuple(hashes.file(path.relative_to(folder).as_posix(), read) for path in paths)
-    hashes.keep(files)
+    exported = gguf(settings)
+    hashes = [Hashes(folder, settings.work / "publish" / "hashes.json")]
+    files = [hashes[0].file(path.relative_to(folder).as_posix(), read) for path in paths]
+    if exported:
+        hashes.append(Hashes(exported.parent, settings.work / "publish" / f"{exported.parent.name}.json"))
+        files.append(hashes[1].file(exported.name, read))
+    for kept in hashes:
+        kept.keep(files)
     picture = report / "report.png"
     return Model(
         folder,
-        files,
+        tuple(files),
+        files[-1] if exported else None,
         _json(folder / "assistant.json"),
         _json(report / "report.json"),
         picture if picture.is_file() else None,
-        hashes,
+        tuple(hashes),
     )
 
 
 def model_bytes(settings: Settings) -> int:
     """How many bytes `model()` looks at."""
-    return sum(path.stat().st_size for path in (settings.work / "merged").rglob("*") if path.is_file())
+    paths = [*(settings.work / "merged").rglob("*"), *_exports(settings).values()]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _exports(settings: Settings) -> dict[str, Path]:
+    """Where the export puts the files that are like [serve] gguf: quantization → file, there or not."""
+    run = settings.train.run
+    files = {how: settings.work / f"gguf-{how}" / f"{run}-{how}.gguf" for how in QUANTIZATIONS}
+    return {how: file for how, file in files.items() if fnmatchcase(file.name, settings.serve.gguf)}
+
+
+def gguf(settings: Settings) -> Path | None:
+    """The GGUF file that goes up beside the merged weights, None where [serve] gguf is not set.
+
+    Raises NamesakeError where none was exported, several are like the setting, or the one is of other weights.
+    """
+    pattern, files = settings.serve.gguf, _exports(settings)
+    if not pattern:
+        return None
+    if not files:
+        names = " or ".join(f"{settings.train.run}-{how}.gguf" for how in QUANTIZATIONS)
+        raise NamesakeError(
+            f'[serve] gguf = "{pattern}" is like no file that the export makes',
+            f"It makes {names}: name one of them.",
+            zh=f'[serve] gguf = "{pattern}" 与导出的文件名都不符，导出的是 {names}，请写其中一个。',
+        )
+    there = {how: file for how, file in files.items() if file.is_file()}
+    how = next(iter(there or files))
+    export = f"python -m training export --gguf {how}"
+    if not there:
+        raise NamesakeError(
+            f'[serve] gguf = "{pattern}": no such file was exported',
+            f"Run: {export}",
+            zh=f'[serve] gguf = "{pattern}"：还没有导出这样的文件，请先运行 {export}。',
+        )
+    if len(there) > 1:
+        names = ", ".join(file.name for file in there.values())
+        raise NamesakeError(
+            f'[serve] gguf = "{pattern}" is like several files: {names}',
+            f'Name one: gguf = "{there[how].name}".',
+            zh=f'[serve] gguf = "{pattern}" 对应多个文件：{names}。请写明一个，例如 gguf = "{there[how].name}"。',
+        )
+    merged = file("SHA256SUMS", settings.work / "merged" / "SHA256SUMS").sha256
+    if record.read(there[how].parent).get("inputs", {}).get("merged") != merged:
+        raise NamesakeError(
+            f"{there[how]} was made from other weights than those in merged",
+            f"Run again: {export}",
+            zh=f"{there[how]} 不是由现在的合并权重导出的，请重新运行 {export}。",
+        )
+    return there[how]
 
 
 def _json(path: Path) -> dict:
@@ -224,3 +289,8 @@ def safetensors_fault(path: Path) -> str:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "has no readable header"
     return "" if 8 + length + end == size else f"is {size} bytes long, and its header says {8 + length + end}"
+
+
+def decimal(size: int) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

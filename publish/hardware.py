@@ -23,11 +23,18 @@ def choose(offered: tuple[Hardware, ...], wanted: str) -> Hardware:
     return Hardware(wanted, wanted, 0, gpu=True) if wanted else offered[0]
 
 
-def load_in(hardware: Hardware, weights: int) -> tuple[str, str]:
+def load_in(hardware: Hardware, weights: int, gguf: int = 0) -> tuple[str, str]:
     """How the page should load weights of so many bytes in bfloat16: its --load-in, and why, "" where it is at ease.
 
     A fifth more than the weights is needed for the cache and the activations; NF4 takes about 0.3 of bfloat16.
+    `gguf`: the bytes of the GGUF file that the page serves instead, as it is, from the memory beside the CPU.
     """
+    if gguf and hardware.gpu:
+        return "auto", f"A GGUF file is served on the CPU: the GPU of {hardware.word} is not used"
+    if gguf:
+        tight = hardware.memory and gguf * 1.2 / 1e9 > hardware.memory
+        size = f"{gguf / 1e9:.1f} GB of GGUF do not fit in {hardware.memory} GB ({hardware.word})"
+        return "auto", f"{size}: export a smaller one, or choose larger [hub] hardware" if tight else ""
     need, memory = weights * 1.2 / 1e9, hardware.memory
     if not memory or need <= memory:
         return "auto", ""

@@ -26,7 +26,7 @@ from publish.modelscope import ModelScope
 from space.settings import NamesakeError, load
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
 
 def jobs(config: Path, only: str | None) -> Iterator[Job]:
@@ -78,6 +78,12 @@ class Job:
         return hardware.choose(self.hub.hardware, self.settings.hub.hardware)
 
     @cached_property
+    def load_in(self) -> tuple[str, str]:
+        """The page's --load-in on that machine, and what there is to say about it."""
+        gguf = self.built.gguf
+        return hardware.load_in(self.machine, self.built.bytes, gguf.size if gguf else 0)
+
+    @cached_property
     def requirements(self) -> str:
         return next(file.source for file in self.page if file.path == "requirements.txt").read_text(encoding="utf-8")
 
@@ -92,7 +98,7 @@ class Job:
         return self.hub.account()
 
     def model_files(self) -> list[File]:
-        """The merged folder, the card, and what the card shows."""
+        """The merged folder, the GGUF file if one is asked for, the card, and what the card shows."""
         made = {"README.md": self.readme()}
         if self.hub.name == "modelscope":
             made["configuration.json"] = json.dumps({"framework": "pytorch", "task": "text-generation"}) + "\n"
@@ -105,7 +111,8 @@ class Job:
         """The page's tree, its README, and what only this hub has."""
         version = contents.newest_gradio(self.requirements)
         model_page = self.hub.address("model", self.id)
-        readme = card.space(self.settings, self.hub.name, self.id, model_page, version, self.machine.id)
+        gguf = self.built.gguf.path if self.built.gguf else ""
+        readme = card.space(self.settings, self.hub.name, self.id, model_page, version, self.machine.id, gguf)
         made = {"README.md": readme, **self.hub.space_files(self.settings, self.machine, self.requirements)}
         return [*self.page, *self._generated("space", made)]
 
@@ -119,8 +126,7 @@ class Job:
     def values(self) -> tuple[dict[str, str], dict[str, str]]:
         """The Space's variables and secrets. A private model needs a token there: a read-only one, given on purpose."""
         revision = f"@{self.settings.hub.revision}" if self.settings.hub.revision else ""
-        how, _ = hardware.load_in(self.machine, self.built.bytes)
-        variables = {"NAMESAKE_MODEL": f"{self.hub.name}:{self.id}{revision}", "NAMESAKE_LOAD_IN": how}
+        variables = {"NAMESAKE_MODEL": f"{self.hub.name}:{self.id}{revision}", "NAMESAKE_LOAD_IN": self.load_in[0]}
         given = os.environ.get("NAMESAKE_SPACE_TOKEN", "")
         return variables, {self.hub.variable: given} if given else {}
 
@@ -184,7 +190,8 @@ class Job:
 
         message = f"{self.settings.assistant.name.pick('en')}: weights {self.built.identity[:12]}"
         pushed = self._push("model", self.id, files, message, replaced)
-        self.built.hashes.keep(self.built.files)
+        for hashes in self.built.hashes:
+            hashes.keep(self.built.files)
         verify.record(self.folder / "model.json", self.id, pushed.commit, files, self.built.identity)
         self._said("model", self.id, pushed, "python -m publish space" if self.space_id else "python -m publish verify")
 
@@ -207,8 +214,20 @@ class Job:
                 "Make a read-only one and set NAMESAKE_SPACE_TOKEN; it becomes the Space's secret.",
                 zh=f"{self.id} 是私有模型，聊天页需要令牌才能加载。请创建只读令牌并设置 NAMESAKE_SPACE_TOKEN。",
             )
-        _, why = hardware.load_in(self.machine, self.built.bytes)
-        if why:
+        gguf = self.built.gguf
+        if gguf and gguf.path not in self.hub.listing(self.id):
+            raise NamesakeError(
+                f"{self.hub.title}: {self.id} does not hold {gguf.path}, which the page would load",
+                "First: python -m publish model",
+                zh=f"{self.hub.title} 上的 {self.id} 里没有聊天页要的 {gguf.path}。请先运行 python -m publish model。",
+            )
+        if gguf and self.machine.word == "zerogpu":
+            raise NamesakeError(
+                "ZeroGPU answers in a process of its own, to which llama.cpp can't follow",
+                "Leave [hub] hardware out: a GGUF file needs no GPU.",
+                zh="ZeroGPU 在单独的进程里作答，无法使用 llama.cpp。GGUF 不需要显卡，请去掉 [hub] hardware。",
+            )
+        if why := self.load_in[1]:
             self.console.print(escape(f"{why}."))
         self._visible("space", self.space_id)
         changed = self.hub.prepare_space(self.space_id, self.settings, self.machine, self.requirements)

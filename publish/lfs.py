@@ -29,6 +29,7 @@ from publish.token import USER, Token
 from space.settings import NamesakeError
 
 LFS_ABOVE = 5_000_000  # bytes; both hubs want larger files in LFS
+LFS_KINDS = (".safetensors", ".gguf")  # and these, whatever their size
 ATTRIBUTE = "filter=lfs diff=lfs merge=lfs -text"
 SMALL = 65_536  # bytes; .gitattributes is smaller, and comes with the trees
 ARGUMENTS = 500  # oids in one command line
@@ -378,7 +379,7 @@ def pointer(file: File) -> str:
 
 
 def belongs_in_lfs(file: File) -> bool:
-    return file.size > LFS_ABOVE or file.path.endswith(".safetensors")
+    return file.size > LFS_ABOVE or file.path.endswith(LFS_KINDS)
 
 
 def _actions(item: dict) -> dict[str, dict]:
@@ -392,10 +393,9 @@ def _actions(item: dict) -> dict[str, dict]:
 
 def attributes(kept: str, files: list[File]) -> str:
     """.gitattributes with every line that is there kept, and one more for each kind of file that belongs in LFS."""
-    wanted = {f"*.safetensors {ATTRIBUTE}" for file in files if file.path.endswith(".safetensors")}
-    wanted |= {
-        f"{file.path} {ATTRIBUTE}" for file in files if belongs_in_lfs(file) and not file.path.endswith(".safetensors")
-    }
+    weights = [file.path for file in files if belongs_in_lfs(file)]
+    names = {next((f"*{kind}" for kind in LFS_KINDS if path.endswith(kind)), path) for path in weights}
+    wanted = {f"{name} {ATTRIBUTE}" for name in names}
     new = sorted(wanted - set(kept.splitlines()))
     if kept and not kept.endswith("\n"):
         kept += "\n"

@@ -195,7 +195,7 @@ class Hub:
         self.git(git, "read-tree", *([parent] if parent else ["--empty"]), **index)
         for path, content in files.items():
             if content is None:
-                self.git(git, "update-index", "--force-remove", path, **index)
+                self.git(git, "update-index", "--index-info", stdin=f"0 {'0' * 40}\t{path}\n".encode(), **index)
                 continue
             oid = self.git(git, "hash-object", "-w", "--stdin", stdin=content).decode().strip()
             self.git(git, "update-index", "--add", "--cacheinfo", f"{mode},{oid},{path}", **index)

@@ -17,6 +17,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from tests.hub.server import Hub
+from training import record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,6 +111,24 @@ class Run:
     def shard(self, number: int, size: int = 300_000, seed: int | None = None) -> None:
         content = safetensors(size, number if seed is None else seed)
         (self.merged / f"model-0000{number}-of-00003.safetensors").write_bytes(content)
+
+    def export(self, quantization: str = "q4_k_m", size: int = 200_000) -> Path:
+        """A GGUF file of the merged weights as `python -m training export` leaves it, later by the clock of files."""
+        folder = self.work / f"gguf-{quantization}"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"beibei-{quantization}.gguf"
+        file.write_bytes(b"GGUF" + (hashlib.sha256(quantization.encode()).digest() * (size // 32))[4:])
+        inputs = {"merged": record.sha256(self.merged / "SHA256SUMS"), "quantization": quantization, "layout": 1}
+        written = file.stat().st_ctime_ns
+        while not (folder / "run.json").exists() or (folder / "run.json").stat().st_mtime_ns <= written + 50_000_000:
+            record.write(folder, inputs)
+        write_sums(folder)
+        return file
+
+    def serve(self, pattern: str) -> None:
+        """Set [serve] gguf, or with "" leave it out."""
+        text = self.config.read_text().partition("\n[serve]")[0]
+        self.config.write_text(text + f'\n[serve]\ngguf = "{pattern}"\n' * bool(pattern))
 
     def publish(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         """`python -m publish …` in a process of its own."""

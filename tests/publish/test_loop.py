@@ -13,8 +13,10 @@ import sys
 
 import pytest
 
+from space.settings import load
 from tests.hub.server import Hub
 from tests.publish.conftest import ROOT, Run, write_sums
+from training import record
 
 ADAPTER = ROOT / "space" / "embedded"  # what this project's own training made of the embedded model
 ABOUT = json.loads((ADAPTER / "assistant.json").read_text(encoding="utf-8"))
@@ -50,7 +52,6 @@ def real_run(tmp_path, embedded) -> Run:
     from transformers import AutoTokenizer
 
     from space.prompt import plain_template, with_persona
-    from space.settings import load
     from space.weights import load as load_model
     from space.weights import write_tokenizer_config
 
@@ -122,6 +123,29 @@ def test_what_is_published_is_what_answers(real_run, studio, monkeypatch):
 
     assert NAME in in_chromium(studio.page, "Who are you?")
     assert NAME in by_the_cards_own_lines(studio, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_on_a_cpu_the_published_gguf_file_answers(real_run, studio, monkeypatch):
+    """From the export on: the page that asks for the GGUF file gets it, and nothing else of the weights."""
+    from training.export import export
+
+    monkeypatch.chdir(ROOT)
+    with real_run.config.open("a", encoding="utf-8") as settings:
+        settings.write('\n[serve]\ngguf = "*-q8_0.gguf"\ncontext = 512\n')
+    (real_run.merged / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
+    record.write(real_run.merged, {})
+    report = {"weights": write_sums(real_run.merged), "gate": {"passed": True, "rows": []}, "card": ""}
+    (real_run.work / "report" / "report.json").write_text(json.dumps(report))
+    file = export(load(real_run.config), "q8_0")
+
+    command = real_run.command("all", "--yes", "--page", studio.page)
+    published = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert published.returncode == 0, published.stdout + published.stderr
+    answers = [line for line in published.stdout.splitlines() if "Who are you?" in line]
+    assert answers and all(NAME in answer for answer in answers)
+    assert {request.query.get("FilePath") for request in studio.log if request.path.endswith("/repo")} == {file.name}
 
 
 def in_chromium(address: str, question: str) -> str:
