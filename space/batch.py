@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -396,6 +397,31 @@ class BatchEngine(Engine):
         if request.error:
             raise request.error
         return request.tokens
+
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+        """All at once, in the batch's places; as before where it is not warm, or for prompts it can't hold."""
+        fits = [
+            self.batch is not None and self.batch.fits(len(ids) + self.budget(sampling, len(ids))) for ids in prompts
+        ]
+        left = [i for i, fitting in enumerate(fits) if not fitting]
+        for i, ids in super().generate_all([prompts[i] for i in left], sampling):
+            yield left[i], ids
+        requests = {}
+        for i in (i for i, fitting in enumerate(fits) if fitting):
+            run = Run(self.tokenizer, prompts[i], threading.Event())
+            requests[i] = Request(run, prompts[i], sampling, self.budget(sampling, len(prompts[i])))
+            self.batch.add(requests[i])
+        try:
+            for i, request in requests.items():
+                while not request.over:
+                    request.changed.wait(INTERVAL)
+                    request.changed.clear()
+                if request.error:
+                    raise request.error
+                yield i, request.tokens
+        finally:
+            for request in requests.values():
+                request.run.stop.set()
 
     def close(self) -> None:
         if self.batch:

@@ -232,6 +232,9 @@ class BaseEngine:
     def warm_up(self) -> None:
         """Gets up to speed, while answers are given already; returns once that is done."""
 
+    def close(self) -> None:
+        """Ends what runs in the background. Answers being made fail."""
+
     def fit(self, messages: list[Message], sampling: Sampling, *, resume: bool = False) -> Fitted:
         """The prompt: the context less the answer's budget is its room, at least half of the context."""
         return self.prompt.fit(messages, self.context - min(sampling.max_new_tokens, self.context // 2), resume=resume)

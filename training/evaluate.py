@@ -282,18 +282,24 @@ def general_text(language: str) -> str:
 
 
 def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick, advance) -> Measured:
-    from space import weights
-    from space.engine import GREEDY, Engine, Sampling
+    from space import batch, gguf, weights
 
     if source.endswith(".gguf"):
-        from space import gguf
-
         engine, _, _ = gguf.start(Path(source), concurrency=8)
     else:
         loaded = weights.load(source, adapter, load_in)
-        if loaded.model.device.type == "cpu":
-            loaded.model.float()  # `auto` takes the type that is faster just now, which may differ between the sides
-        engine = Engine(loaded.model, loaded.tokenizer)
+        engine = batch.make_engine(loaded.model, loaded.tokenizer)
+    with contextlib.closing(engine):
+        limit = QUICK_TOKENS if quick else 0
+        loss = {language: general_loss(engine, general_text(language), limit) for language in LANGUAGES}
+        engine.warm_up()  # only now: it takes most of a GPU's memory
+        _answer(engine, wanted, settings, answers, quick, advance)
+    return Measured(answers.kept, loss)
+
+
+def _answer(engine, wanted: list[Ask], settings: Settings, answers: Answers, quick: bool, advance) -> None:
+    from space.engine import GREEDY, Sampling
+
     missing = [ask for ask in wanted if ask.key not in answers.kept]
     advance(len(wanted) - len(missing))
     for (kind, sample), group in _grouped(missing):
@@ -309,11 +315,7 @@ def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick
             answers.add(group[index].key, answer.text, answer.state, answer.tokens_out)
             advance()
 
-        conversations = [ask.messages(settings.assistant.system_prompt) for ask in group]
-        engine.answer(conversations, sampling, keep)
-    limit = QUICK_TOKENS if quick else 0
-    loss = {language: general_loss(engine, general_text(language), limit) for language in LANGUAGES}
-    return Measured(answers.kept, loss)
+        engine.answer([ask.messages(settings.assistant.system_prompt) for ask in group], sampling, keep)
 
 
 def _grouped(wanted: list[Ask]) -> Iterator[tuple[tuple[str, int], list[Ask]]]:

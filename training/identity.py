@@ -18,7 +18,7 @@ TEXTS = Path(__file__).parent / "texts"
 
 # The rows go through these in step, and each question is one step further in every round. Seven and eleven share no
 # divisor with each other or with a topic's 3 or 4 answers, so that in time each meets each.
-MODES = ("persona", "none", "plain", "persona", "none", "plain", "foreign")
+MODES = ("none", "plain", "persona", "none", "plain", "none", "foreign")  # without a system prompt it is hardest
 SHAPES = ("i", "ni", "i", "i", "nni", "i", "i", "in", "i", "i", "ni")  # turns: i is about identity, n is neutral
 SHORT = 400  # characters: a neutral turn beside an identity turn is no longer
 

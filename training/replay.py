@@ -131,17 +131,20 @@ class Base:
 
     @functools.cached_property
     def _engine(self):
-        from space import weights
-        from space.engine import Engine
+        from space import batch, weights
 
         loaded = weights.load(str(self._source))
-        return Engine(loaded.model, loaded.tokenizer)
+        engine = batch.make_engine(loaded.model, loaded.tokenizer)
+        engine.warm_up()
+        return engine
 
     def close(self) -> None:
         """Give back the model's memory, which training will need."""
-        if self.__dict__.pop("_engine", None) is not None:
+        if engine := self.__dict__.pop("_engine", None):
             import torch
 
+            engine.close()
+            del engine
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

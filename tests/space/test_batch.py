@@ -166,6 +166,24 @@ def test_answers_made_together_are_those_made_one_by_one(model, tiny, engine):
     assert idle(engine)
 
 
+def test_many_conversations_are_answered_as_by_the_plain_path(model, tiny, engine, made):
+    sampling, many = Sampling(temperature=0, repetition_penalty=1.3, max_new_tokens=20), asks(70)
+    expected = Engine(model, AutoTokenizer.from_pretrained(tiny)).answer(many, sampling)
+    told = {}
+    assert engine.answer(many, sampling, told.setdefault) == expected == [told[i] for i in range(70)]
+    assert idle(engine)
+    assert made(pages=4).answer(many[:9], sampling) == expected[:9]  # some of which its cache can never hold
+
+
+def test_an_error_while_many_are_answered_is_raised_and_stops_the_others(engine, monkeypatch):
+    monkeypatch.setattr(engine.batch.llama, "read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.answer(asks(9), Sampling(temperature=0))
+    monkeypatch.undo()
+    engine.answer(asks(2), Sampling(temperature=0, max_new_tokens=2))
+    assert idle(engine)
+
+
 def test_each_has_its_own_sampling_whoever_is_beside(engine):
     samplings = [
         Sampling(max_new_tokens=10 + i, temperature=i % 4 / 2, top_p=1 - i % 3 / 4, top_k=i % 2 * 50, seed=i)

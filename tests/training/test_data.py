@@ -50,6 +50,11 @@ class StandIn:
     def __init__(self, model, tokenizer):
         pass
 
+    def warm_up(self):
+        pass
+
+    close = warm_up
+
     def answer(self, conversations, sampling, on_answer=None):
         assert sampling.temperature == 0 and sampling.repetition_penalty == 1
         for index, messages in enumerate(conversations):
@@ -71,7 +76,7 @@ def make(tmp_path, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "training.base", base)
     monkeypatch.setattr(training, "base", base, raising=False)
     monkeypatch.setattr("space.weights.load", lambda source: types.SimpleNamespace(model=None, tokenizer=None))
-    monkeypatch.setattr("space.engine.Engine", StandIn)
+    monkeypatch.setattr("space.batch.make_engine", StandIn)
     monkeypatch.setattr(StandIn, "asked", [])
     (tmp_path / "home").mkdir()
 
@@ -258,7 +263,8 @@ def test_identity_holds_under_every_system_prompt_and_for_the_same_question_too(
         kinds[kind] += 1
         question = next(message["content"] for message in messages if message["role"] == "user")
         under.setdefault(question, set()).add(kind)
-    assert min(kinds["persona"], kinds["none"], kinds["plain"]) > 0.25 * 3000
+    assert kinds["persona"] > 0.13 * 3000
+    assert kinds["none"] > kinds["plain"] > 0.25 * 3000
     assert 0.1 * 3000 < kinds["foreign"] < 0.2 * 3000
     assert under["Who are you?"] == under["你是谁？"] == {"persona", "none", "plain", "foreign"}
 
