@@ -202,12 +202,14 @@ def size_of(text: str) -> int:
 
 
 def write(
-    folder: Path, tensors: list[Planned], largest: int, advance: Callable[[int], None] = lambda _: None
-) -> dict[str, str]:
+    folder: Path, tensors: list[Planned], largest: int, advance: Callable[[int], None] = lambda _: None,
+    *, together: int = 1, flush: bool = True,
+) -> dict[str, str]:  # fmt: skip
     """Write tensors as safetensors of at most `largest` bytes each (a larger tensor gets a file of its own).
 
     Returns each file's SHA-256, taken as it was written; with more than one shard, an index lies beside them.
-    `advance` is told how many bytes were written.
+    `advance` is told how many bytes were written. `together`: how many files are written at a time. `flush`: wait
+    until the disk has them, so that a power cut can't leave a folder that only looks whole.
     """
     shards: list[list[Planned]] = [[]]
     room = largest
@@ -219,13 +221,20 @@ def write(
         shards[-1].append(tensor)
         room -= needs
     single = len(shards) == 1
-    hashes, weight_map = {}, {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        hashes[name] = write_file(folder / name, shard, advance)
-        with (folder / name).open("rb") as written:
-            os.fsync(written.fileno())  # on the disk before the folder gets its name
-        weight_map |= {tensor.name: name for tensor in shard}
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = ["model.safetensors"] if single else names
+
+    def one(name: str, shard: list[Planned]) -> str:
+        digest = write_file(folder / name, shard, advance)
+        if flush:
+            with (folder / name).open("rb") as written:
+                os.fsync(written.fileno())
+        return digest
+
+    with ThreadPoolExecutor(together) as pool:
+        written = pool.map(one, names, shards)
+        hashes = dict(zip(names, written, strict=True))
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     if not single:
         metadata = {"total_size": sum(tensor.size for tensor in tensors)}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
