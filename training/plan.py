@@ -19,7 +19,7 @@ from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
 STEP_PACKS = 16  # and a step has at most this many packs
-COMPILE_FLOP = 2e16  # below this much arithmetic a run ends before compiling its layers has paid off (up to 2 minutes)
+COMPILE_FLOP = 2e17  # below this much arithmetic a run ends before compiling its layers has paid off (2 to 3 minutes)
 GIB = 2**30
 
 
@@ -294,8 +294,9 @@ def _device(reasons: list[str]) -> tuple[str, str, int]:
         free = torch.cuda.mem_get_info()[0]
         reasons.append(f"{precision} on {torch.cuda.get_device_name()}")
         return "cuda", precision, free
-    # Without the matrix unit, bfloat16 on a CPU is emulated: 30 times slower than float32 where it was measured.
-    precision = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    # Where a CPU does not multiply bfloat16 itself it is emulated: 30 times slower than float32 where it was measured.
+    able = torch.cpu.get_capabilities()
+    precision = "bfloat16" if able.get("amx_bf16") or able.get("avx512_bf16") else "float32"
     reasons.append(f"{precision} on {torch.get_num_threads()} CPU threads")
     return "cpu", precision, psutil.virtual_memory().available
 
@@ -311,7 +312,7 @@ def _compiled(wish: str, device: str, flop: float, reasons: list[str]) -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     why = "no C compiler" if not compiler else "the run is short" if flop < COMPILE_FLOP else ""
     reasons.append(
-        f"compiled layers off: {why}" if why else "compiled layers on: the first step takes a minute or two longer"
+        f"compiled layers off: {why}" if why else "compiled layers on: the first step takes two or three minutes longer"
     )
     return not why
 
