@@ -10,6 +10,7 @@ would only make it slower; of its 3 epochs some iterations are run, and the rest
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0], sys.path[len(sys.path) :] = [str(ROOT)], [str(ROOT / "training/stand_ins")]
 
 SHAPE = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -100,7 +101,7 @@ def stock(work: Path, base: Path, rows: Path, iterations: int) -> dict:
     """Stock's start-up, seconds an iteration of 2,048 tokens, memory, conversion and merge."""
     config, folder = work / "stock.py", work / "stock"
     stock_config(config, base, rows)
-    begun, took, memory, started = time.perf_counter(), [], 0, 0.0
+    begun, took, losses, memory, started = time.perf_counter(), [], [], 0, 0.0
     command = [sys.executable, "-m", "xtuner.tools.train", str(config), "--work-dir", str(folder)]
     with (
         (work / "stock.log").open("w") as log,
@@ -108,10 +109,12 @@ def stock(work: Path, base: Path, rows: Path, iterations: int) -> dict:
     ):
         for line in process.stdout:
             log.write(line)
-            if found := re.search(r"Iter\(train\).* time: ([\d.]+).* memory: (\d+)", line):
-                started = started or time.perf_counter() - begun - float(found[1])
-                took.append(float(found[1]))
-                memory = max(memory, int(found[2]))
+            if found := re.search(r"Iter\(train\).*/(\d+)\].* time: ([\d.]+).* memory: (\d+).* loss: ([\d.]+)", line):
+                steps = int(found[1])
+                started = started or time.perf_counter() - begun - float(found[2])
+                took.append(float(found[2]))
+                memory = max(memory, int(found[3]))
+                losses.append(float(found[4]))
             if len(took) > iterations:
                 process.terminate()
     checkpoint = max(folder.glob("iter_*.pth"), key=lambda path: path.stat().st_mtime)
@@ -121,7 +124,16 @@ def stock(work: Path, base: Path, rows: Path, iterations: int) -> dict:
                    "--safe-serialization"])  # fmt: skip
     median = statistics.median(took[5:])
     return dict(
-        start=started, iteration=median, speed=2048 / median, memory=memory / 1000, convert=convert, merge=merge
+        start=started,
+        first=took[0],
+        step=median,
+        steps=steps - 1,
+        speed=2048 / median,
+        memory=memory / 1000,
+        convert=convert,
+        merge=merge,
+        seen=2048 * len(losses),
+        loss=statistics.mean(losses[-5:]),
     )
 
 
@@ -133,14 +145,14 @@ def timed(command: list) -> float:
     return time.perf_counter() - begun
 
 
-def ours(work: Path, base: Path, rows: Path, options: str, name: str) -> dict:
+def ours(work: Path, base: Path, rows: Path, epochs: float, options: str, name: str) -> dict:
     """The same of `python -m training train`, `convert` and `merge`."""
     from training.hooks import read_metrics
 
     folder = work / name
     shutil.copytree(rows.parent, folder / "work/assistant/data")
     config = folder / "assistant.toml"
-    config.write_text(SETTINGS.format(name=name, base=base, options=options), encoding="utf-8")
+    config.write_text(SETTINGS.format(name=name, base=base, options=f"epochs = {epochs}\n{options}"), encoding="utf-8")
     step = [sys.executable, "-m", "training"]
     train, convert, merge = (
         timed([*step, kind, "--config", config, *more]) for kind, *more in (("train",), ("convert",), ("merge",))
@@ -151,12 +163,17 @@ def ours(work: Path, base: Path, rows: Path, options: str, name: str) -> dict:
     stepping = sum(line["seconds"] for line in metrics)
     return dict(
         start=train - stepping,
-        iteration=2048 / speed,
+        step=statistics.median(line["seconds"] for line in metrics[3:]),
+        steps=3 / epochs * len(metrics) - 1,
         speed=speed,
-        memory=max(line["memory"] for line in metrics) / 1e9,
+        memory=max(line.get("memory", 0) for line in metrics) / 1e9,
         convert=convert,
         merge=merge,
-        tokens=plan["tokens"],
+        first=metrics[0]["seconds"],
+        losses=[
+            (seen, line["loss"])
+            for seen, line in zip(itertools.accumulate(line["tokens"] for line in metrics), metrics, strict=True)
+        ],
         reasons=plan["reasons"],
     )
 
@@ -166,6 +183,7 @@ def main(
     tokenizer: Annotated[Path, typer.Argument(help="A folder with InternLM2's tokenizer.json.")],
     iterations: Annotated[int, typer.Option(help="Iterations of stock that are run.")] = 35,
     epochs: Annotated[float, typer.Option(help="Epochs of ours that are run.")] = 3,
+    compiled: Annotated[str, typer.Option("--compile", help="[train] compile of ours: auto, on or off.")] = "auto",
 ) -> None:
     """Print the table of docs/benchmarks.md, "Training"."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -175,16 +193,19 @@ def main(
     if not base.is_dir():
         make_base(base, tokenizer)
         make_rows(rows)
-    results = {"auto": ours(work, base, rows, f"epochs = {epochs}", "auto")}
+    results = {"auto": ours(work, base, rows, epochs, f'compile = "{compiled}"', "auto")}
     print(json.dumps(results["auto"], ensure_ascii=False), flush=True)
     results["stock"] = stock(work, base, rows, iterations)
-    tokens = 3 * results["auto"]["tokens"]
-    print("| | start-up | s a 2,048 tokens | tokens/s | memory | convert | merge | data to merged, 3 epochs |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | start-up | first step | 2,048 tokens | tokens/s | memory | convert | merge | data to merged, 3 epochs |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, r in results.items():
-        whole = r["start"] + tokens / r["speed"] + r["convert"] + r["merge"]
-        print(f"| {name} | {r['start']:.0f} s | {r['iteration']:.3f} | {r['speed']:,.0f} | {r['memory']:.1f} GB | "
-              f"{r['convert']:.1f} s | {r['merge']:.1f} s | {whole:.0f} s |")  # fmt: skip
+        whole = r["start"] + r["first"] + r["steps"] * r["step"] + r["convert"] + r["merge"]
+        cells = [f"{r['start']:.0f} s", f"{r['first']:.1f} s", f"{2048 / r['speed']:.3f} s", f"{r['speed']:,.0f}",
+                 f"{r['memory']:.1f} GB", f"{r['convert']:.1f} s", f"{r['merge']:.1f} s", f"{whole:.0f} s"]  # fmt: skip
+        print(f"| {name} | {' | '.join(cells)} |")
+    seen, loss, losses = results["stock"]["seen"], results["stock"]["loss"], results["auto"]["losses"]
+    same = next((loss for tokens, loss in losses if tokens >= seen), losses[-1][1])
+    print(f"loss after {seen:,} tokens: stock {loss:.3f} (mean of its last 5 iterations), auto {same:.3f}")
 
 
 if __name__ == "__main__":
