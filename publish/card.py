@@ -62,6 +62,7 @@ EVALUATED = {
 }
 NOT_EVALUATED = {"zh": "这些权重没有经过评测。", "en": "These weights have not been evaluated."}
 FAILED = {"zh": "**没有达到发布标准。**", "en": "**It did not reach the mark that was set for publishing it.**"}
+QUICK = {"zh": "只问了其中一小部分题目。", "en": "Only a small sample of the questions was asked."}
 CLIENTS = {"modelscope": "modelscope", "huggingface": "huggingface_hub"}  # hub → the Python package that downloads
 ONE_FILE = {
     "modelscope": "modelscope download --model {id} {file} --local_dir .",
@@ -287,6 +288,7 @@ def _evaluation(model: Model, language: str) -> str:
     if model.report.get("weights") != model.identity:
         return NOT_EVALUATED[language]
     passed = model.report.get("gate", {}).get("passed")
+    quick = QUICK[language] if model.report.get("quick") else ""
     picture = "![evaluation](report.png)" if model.picture else ""
     table = str(model.report.get("card", "")).strip()
-    return "\n\n".join(filter(None, (EVALUATED[language], "" if passed else FAILED[language], table, picture)))
+    return "\n\n".join(filter(None, (EVALUATED[language], quick, "" if passed else FAILED[language], table, picture)))

@@ -92,6 +92,8 @@ def _gate(model: Model) -> Iterator[Row]:
         yield Row(what, False, "no report", again, forced=True)
     elif report.get("weights") != model.identity:
         yield Row(what, False, "the report is about other weights", again, forced=True)
+    elif report.get("quick"):
+        yield Row(what, False, "the report is of --quick, which asks too few questions to tell", again, forced=True)
     elif not report.get("gate", {}).get("passed"):
         failed = [
             " ".join(filter(None, (row["measure"], row.get("language"), row.get("mode"), f"{row['value']:.3f}")))

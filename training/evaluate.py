@@ -183,7 +183,8 @@ def evaluate(
                 answers.close()
     result = report.write(folder, settings, wanted, sides["before"], sides["after"], inputs)
     record.write(folder, inputs, passed=result["gate"]["passed"])
-    what = "passed. Next: python -m publish" if result["gate"]["passed"] else "FAILED: see the report"
+    following = "python -m training evaluate, with all questions" if quick else "python -m publish all"
+    what = f"passed. Next: {following}" if result["gate"]["passed"] else "FAILED: see the report"
     console.print(f"{folder / 'report.md'}: gate {what}")
     return result["gate"]["passed"]
 

@@ -81,6 +81,11 @@ def hide_in_report(run):
     (run.work / "report" / "report.json").write_text(json.dumps(report))
 
 
+def quick(run):
+    report = json.loads((run.work / "report" / "report.json").read_text()) | {"quick": True}
+    (run.work / "report" / "report.json").write_text(json.dumps(report))
+
+
 def no_report(run):
     shutil.rmtree(run.work / "report")
 
@@ -98,6 +103,7 @@ PLAIN_PICKLE = b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c"
 BAD = {
     "no evaluation": (no_report, "evaluation", "no report"),
     "an evaluation of other weights": (other_weights, "evaluation", "other weights"),
+    "an evaluation of a few questions": (quick, "evaluation", "--quick"),
     "a failed evaluation": (lambda run: run.finish(passed=False), "evaluation", "name hits zh 0.99"),
     "a file changed after the merge": (change_after, "SHA256SUMS", "config.json"),
     "a shard gone after the merge": (remove_after, "SHA256SUMS", "model-00002"),
