@@ -251,7 +251,7 @@ def test_the_other_language_gets_a_tenth():
 
 
 def test_identity_holds_under_every_system_prompt_and_for_the_same_question_too(tmp_path):
-    settings = settings_of(tmp_path, identity=3000)
+    settings = settings_of(tmp_path, identity=4000)
     made = identity_rows(settings, TEXTS, no_replay(), all_fit)
     persona = settings.assistant.system_prompt
     kinds = Counter()
@@ -263,9 +263,9 @@ def test_identity_holds_under_every_system_prompt_and_for_the_same_question_too(
         kinds[kind] += 1
         question = next(message["content"] for message in messages if message["role"] == "user")
         under.setdefault(question, set()).add(kind)
-    assert kinds["persona"] > 0.13 * 3000
-    assert kinds["none"] > kinds["plain"] > 0.25 * 3000
-    assert 0.1 * 3000 < kinds["foreign"] < 0.2 * 3000
+    assert kinds["persona"] > 0.13 * 4000
+    assert kinds["none"] > kinds["plain"] > 0.25 * 4000
+    assert 0.1 * 4000 < kinds["foreign"] < 0.2 * 4000
     assert under["Who are you?"] == under["你是谁？"] == {"persona", "none", "plain", "foreign"}
 
 
