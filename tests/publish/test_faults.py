@@ -166,7 +166,7 @@ def test_ctrl_c_ends_with_one_line_and_a_rerun_finishes(run, hub):
     assert fault.reached.wait(60)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.strip() == "Stopped. Run it again: it goes on where it stopped."
     fault.release.set()
     job(run).model()
