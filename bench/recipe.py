@@ -129,7 +129,8 @@ def ask_base(path: Path, answers: Path) -> None:
     from space.settings import load
     from training import base, evaluate
 
-    settings, source = load(path), str(base.folder(load(path)))
+    settings = load(path)
+    source = str(base.folder(settings))
     header = {"before": evaluate.weights_identity(source), "persona": settings.assistant.system_prompt}
     kept = evaluate.Answers(answers.with_suffix(".part"), header | {"quick": False}, False)
     evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False, lambda done=1: None)

@@ -26,7 +26,8 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0], sys.path[len(sys.path) :] = [str(ROOT)], [str(ROOT / "training/stand_ins")]
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "training/stand_ins"))  # installed packages come first
 
 SHAPE = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,

@@ -377,11 +377,9 @@ class BatchEngine(Engine):
             self._line.free()
 
     def generate(self, run: Run, ids: list[int], sampling: Sampling) -> list[int]:
-        budget = self.budget(sampling, len(ids))
-        if self.batch is None or not self.batch.fits(len(ids) + budget):
+        request, written = self._request(run, ids, sampling), 0
+        if request is None:
             return super().generate(run, ids, sampling)
-        request, written = Request(run, ids, sampling, budget), 0
-        self.batch.add(request)
         request.changed.wait()
         while True:
             over = request.over  # before the tokens are looked at
@@ -400,19 +398,14 @@ class BatchEngine(Engine):
 
     def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
         """All at once, in the batch's places; as before where it is not warm, or for prompts it can't hold."""
-        fits = [
-            self.batch is not None and self.batch.fits(len(ids) + self.budget(sampling, len(ids))) for ids in prompts
-        ]
-        left = [i for i, fitting in enumerate(fits) if not fitting]
-        for i, ids in super().generate_all([prompts[i] for i in left], sampling):
-            yield left[i], ids
-        requests = {}
-        for i in (i for i, fitting in enumerate(fits) if fitting):
-            run = Run(self.tokenizer, prompts[i], threading.Event())
-            requests[i] = Request(run, prompts[i], sampling, self.budget(sampling, len(prompts[i])))
-            self.batch.add(requests[i])
+        requests = [self._request(Run(self.tokenizer, ids, threading.Event()), ids, sampling) for ids in prompts]
+        left = [i for i, request in enumerate(requests) if request is None]
         try:
-            for i, request in requests.items():
+            for i, ids in super().generate_all([prompts[i] for i in left], sampling):
+                yield left[i], ids
+            for i, request in enumerate(requests):
+                if request is None:
+                    continue
                 while not request.over:
                     request.changed.wait(INTERVAL)
                     request.changed.clear()
@@ -420,8 +413,17 @@ class BatchEngine(Engine):
                     raise request.error
                 yield i, request.tokens
         finally:
-            for request in requests.values():
+            for request in filter(None, requests):
                 request.run.stop.set()
+
+    def _request(self, run: Run, ids: list[int], sampling: Sampling) -> Request | None:
+        """An answer that the batch has taken up; None where it is not warm, or could never hold it."""
+        budget = self.budget(sampling, len(ids))
+        if self.batch is None or not self.batch.fits(len(ids) + budget):
+            return None
+        request = Request(run, ids, sampling, budget)
+        self.batch.add(request)
+        return request
 
     def close(self) -> None:
         if self.batch:

@@ -202,9 +202,14 @@ def size_of(text: str) -> int:
 
 
 def write(
-    folder: Path, tensors: list[Planned], largest: int, advance: Callable[[int], None] = lambda _: None,
-    *, together: int = 1, flush: bool = True,
-) -> dict[str, str]:  # fmt: skip
+    folder: Path,
+    tensors: list[Planned],
+    largest: int,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    together: int = 1,
+    flush: bool = True,
+) -> dict[str, str]:
     """Write tensors as safetensors of at most `largest` bytes each (a larger tensor gets a file of its own).
 
     Returns each file's SHA-256, taken as it was written; with more than one shard, an index lies beside them.
