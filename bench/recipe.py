@@ -15,13 +15,15 @@ import random
 import shutil
 import sys
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 ASSISTANT = """[assistant]
 name = { zh = "同名", en = "Namesake" }
@@ -41,8 +43,8 @@ LONG = (
 SWIFT = "You are a helpful assistant."
 
 START = dict(identity=600, replay=1200, replay_tokens=128, rank=16, alpha=32, rate=5e-4, epochs=2, anchor=1.0)
-# What assistant.toml has: as much as two CPU cores learn in seven minutes.
-SMALL = dict(identity=1200, replay=400, replay_tokens=48, rank=8, alpha=16, rate=2e-3, epochs=1)
+# What assistant.toml has: as much as two CPU cores learn in some minutes.
+SMALL = (own := tomllib.loads((ROOT / "assistant.toml").read_text(encoding="utf-8")))["data"] | own["train"]
 
 VARIANTS = {
     "tutorial": dict(identity=0, replay=0, rows="tutorial", rank=64, alpha=16, dropout=0.1, batch=1, accumulate=1,
