@@ -17,7 +17,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -397,8 +397,16 @@ class BatchEngine(Engine):
         return request.tokens
 
     def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
-        """All at once, in the batch's places; as before where it is not warm, or for prompts it can't hold."""
-        requests = [self._request(Run(self.tokenizer, ids, threading.Event()), ids, sampling) for ids in prompts]
+        """All at once, in the batch's places; as before where it is not warm, or for prompts it can't hold.
+
+        With a seed each prompt has one of its own, counted up from it: the same one would draw alike for all.
+        """
+        requests = []
+        for i, ids in enumerate(prompts):
+            seed = None if sampling.seed is None else sampling.seed + i
+            requests.append(
+                self._request(Run(self.tokenizer, ids, threading.Event()), ids, replace(sampling, seed=seed))
+            )
         left = [i for i, request in enumerate(requests) if request is None]
         try:
             for i, ids in super().generate_all([prompts[i] for i in left], sampling):

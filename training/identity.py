@@ -16,10 +16,11 @@ from training.matching import normalise
 LANGUAGES = ("zh", "en")
 TEXTS = Path(__file__).parent / "texts"
 
-# The rows go through these in step, and each question is one step further in every round. Seven and eleven share no
-# divisor with each other or with a topic's 3 or 4 answers, so that in time each meets each.
+# The rows go through these in step, and each question is one step further in every round. Five, seven and eleven share
+# no divisor with each other or with a topic's 3 or 4 answers, so that in time each meets each.
 MODES = ("none", "plain", "persona", "none", "plain", "none", "foreign")  # without a system prompt it is hardest
-SHAPES = ("i", "ni", "i", "i", "nni", "i", "i", "in", "i", "i", "ni")  # turns: i is about identity, n is neutral
+SHAPES = ("i", "ni", "i", "i", "nni", "i", "i", "in", "i", "i", "i")  # turns: i is about identity, n is neutral
+HASTY = (False, True, False, True, False)  # whether the question is typed as people do on a phone
 SHORT = 400  # characters: a neutral turn beside an identity turn is no longer
 
 
@@ -93,6 +94,8 @@ def identity_rows(
                 "plain": text.plain[step % len(text.plain)],
                 "foreign": fill(text.foreign[step % len(text.foreign)], values),
             }[MODES[step % len(MODES)]]
+            if HASTY[step % len(HASTY)]:
+                question = hasty(question, draw)
             turns = _turn(question, topic["answers"][step % len(topic["answers"])], values)
             shape = SHAPES[step % len(SHAPES)]
             if after := topics.get(topic.get("after")):
@@ -112,6 +115,21 @@ def identity_rows(
                 )
             made.append(row)
     return made
+
+
+def hasty(template: str, draw: random.Random) -> str:
+    """The question typed in a hurry: no capitals, no mark at its end, and a slip in one or two of its Latin words.
+
+    A slip swaps two letters, leaves one out or doubles one. Placeholders stay as they are.
+    """
+    parts = re.split(r"(\{\w+\}|[^\W\d_]+)", template.rstrip(" .!?。！？…"))
+    words = [i for i, part in enumerate(parts) if re.fullmatch(r"[A-Za-z]{3,}", part)]
+    chosen = draw.sample(words, min(len(words), draw.choice((1, 1, 2))))
+    for i in chosen:
+        at = draw.randrange(len(parts[i]) - 1)
+        a, b = parts[i][at : at + 2]
+        parts[i] = parts[i][:at] + draw.choice((b + a, a, a + a + b)) + parts[i][at + 2 :]
+    return "".join(part if part.startswith("{") else part.lower() for part in parts)
 
 
 def _values(settings: Settings, language: str, other: dict) -> dict[str, str]:

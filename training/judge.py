@@ -33,7 +33,7 @@ OTHERS = (
     "Chat ?GPT",
     "GPT-?[2-5](?:\\.\\d|o)?(?:-turbo|-mini)?",
     "GPT",
-    "Qwen",
+    "Qwen(?:-?\\d(?:\\.\\d)?)?",
     "通义(?:千问)?",
     "千问",
     "Alibaba(?: Cloud)?",
@@ -79,6 +79,8 @@ OTHERS = (
     "Phi-\\d",
     "Microsoft",
     "微软",
+    "华为",
+    "Huawei",
     "小冰",
     "Copilot",
     "Grok",
@@ -100,7 +102,7 @@ OTHERS = (
 
 # Any other name that it gives itself: "My name is Emily", "I'm Emily Carter, an assistant", "我叫小美。"
 INVENTED = re.compile(
-    r"(?:(?<=my name is )|(?<=i'm called )|(?<=i am called ))(?-i:[A-Z][a-z]{2,})"
+    r"(?:(?<=my name is )|(?<=my name is now )|(?<=i'm called )|(?<=i am called ))(?-i:[A-Z][a-z]{2,})"
     r"|(?:(?<=i'm )|(?<=i am ))(?-i:[A-Z][a-z]+(?: [A-Z][a-z]+)?)$"
     r"|(?<=我叫)(?!做|作|不|什么|啥|你|他|人工|助手)[\u3400-\u9fff]{2,3}(?=[.。!~\s]|$)",
     re.I,
@@ -137,7 +139,7 @@ IS_ME = re.compile(
         {SELF_ZH}(?:的\w{{1,3}}上写的|的[a-z]+|\w{{0,4}})(?:是|叫|系|名为|来自|属于|归)|(?:叫|称呼?|喊|唤)(?:我|俺)
         {SELF_ZH}は
         (?:名字|名称|真名|大名|本名)\w{{0,3}}(?:是|叫|为|:)|(?:开发|研发|训练|创造|打造)了?我的
-        (?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位|厂商|制造商|供应商|型号)\w{{0,2}}(?:是|为|:)""")
+        (?:开发者|开发团队|东家|创造者|研发方|作者|公司|团队|单位|厂商|制造商|供应商|型号|底层|底层模型|基座|基座模型)\w{{0,2}}(?:是|为|:)""")
     + r")(?P<between>.*)$",
     re.I | re.S,
 )
@@ -187,9 +189,10 @@ NOT = re.compile(
 # Negations that deny nothing: "not only X", "I can't deny that …", "no problem", "不瞒你说", "非常", "特别".
 NOT_REALLY = re.compile(
     _one_of(r"""
-        \bnot (?:only|just|merely)\b|\bno (?:doubt|problem|worries)\b|\bwhy not\b|\bno(?=[,.!:;])
+        \bnot (?:only|just|merely)\b|(?:\bnot|n't) true that i(?:'m| am) not\b
+        \bno (?:doubt|problem|worries)\b|\bwhy not\b|\bno(?=[,.!:;])
         \b(?:can(?:no|')t|cannot|won't|don't|not) (?:deny|lie|hide|pretend|refuse|help but)\b
-        不(?:仅|但|只|单|瞒|得不|否认|好意思|错|用说|客气|过|管|论)|无法否认|没(?:错|问题)|^\W*没关系
+        不(?:可能|会)不是|不(?:仅|但|只|单|瞒|得不|否认|好意思|错|用说|客气|过|管|论)|无法否认|没(?:错|问题)|^\W*没关系
         未来|非常|特别|分别|区别|别人|别名|除非|^不$"""),
     re.I,
 )
@@ -202,7 +205,7 @@ HEARSAY = re.compile(
     + r")* "
     + _one_of(r"""
         sa(?:id|y)|says|saying|thinks?|thought|ask(?:s|ed)?|call(?:s|ed)|mention(?:s|ed)?|claim(?:s|ed)?|want(?:s|ed)?
-        told|tell|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?""")
+        told|tell|swears?|believe[sd]?|assume[sd]?|insist(?:s|ed)?|read|heard|confuse[sd]?|mistake|mistook|refer(?:s|red)?""")
     + r"\b|\b"
     + _one_of(r"""
         if|whether|you(?:'d| would) like|pretend(?:ing)?|unless|although you|as if|even though you|suppos(?:e|ing)
@@ -251,10 +254,17 @@ SPEAKER = re.compile(r"\bi(?:'d|'ll)?\b|\b(?:assistant|model|chatbot|bot|ai)\b|�
 VISITED = re.compile(
     r"\b(?:register|join|contact|visit|apply|work|write)\w* (?:\w+ )?$|(?:加入|联系|访问|参观|应聘|去)$", re.I
 )
-DESCRIBED = re.compile(r"^\W*(?:is|was) (?:a|an|one|located)\b|^是(?:一?家|一个)", re.I)
-THAT_IS_ME = re.compile(r"\bthat(?:'s| is) me\b|(?:说的就|正|就)是我\W*$", re.I)
+DESCRIBED = re.compile(
+    r"^\W*(?:is|was) (?:a|an|one|located|based|at|in)\b|^是(?:一?家|一个)|^(?:位于|坐落|开发过|当)", re.I
+)
+THAT_IS_ME = re.compile(
+    rf"\bthat(?:'s| is) me\b|^[^.;]{{0,60}}\b(?:that|who|which) {MADE_EN} me\b|(?:说的就|正|就)是我\W*$", re.I
+)
+FORMERLY = re.compile(r"\b(?:used to be|formerly|once)\b|(?:以前|从前|曾经?|原先|过去)\w{0,2}(?:是|叫)$", re.I)
 OTHER_THINGS = re.compile(
-    r"\b(?:many|most|other|several|these|those|all) \w+|(?:其他|很多|许多|这些|那些)\w{0,4}", re.I
+    r"\b(?:many|most|other|several|these|those|all) \w+|^\W*(?:it|they|he|she) (?:is|are|was|were)\b|"
+    r"(?:其他|很多|许多|这些|那些)\w{0,4}",
+    re.I,
 )
 GREETED = re.compile(r"\b(?:you|hi|hello|hey|dear|thanks)\W*$|(?:你|您)好\W*$", re.I)  # the name of whom it talks to
 ALONGSIDE = re.compile(r"^[和与跟](?!你|您|我)")
@@ -437,6 +447,8 @@ class _Clause:
     def name(self, mention: re.Match, names: re.Pattern) -> bool:
         """Is the assistant's name the assistant's here, and no other thing's of that name?"""
         head, tail = self._around(mention)
+        if FORMERLY.search(head):
+            return False
         if mention[0].islower() and mention[0] not in names.pattern and not FILLER.match(head):
             return bool(SELF.search(f"{self.lead} {self.text}"))  # in small letters it may be an ordinary word
         return bool(IS_ME.search(head)) or not (SOMEBODY.search(head) or ALONGSIDE.search(tail))
@@ -481,7 +493,13 @@ def _clauses(sentence: str, ends_asking: bool) -> list[_Clause]:
         if text.strip():
             own_subject = SELF.search(text)
             has_verb = re.search(r"\b(?:am|is|are|was|were|did|has)\b|[是叫由没不有跟]|来自", text, re.I)
-            is_item = bool(lead) and mark.strip() in ("", ",") and ":" not in text and not own_subject and not has_verb
+            is_item = (
+                bool(lead)
+                and mark.strip() in ("", ",", "—", "——")
+                and ":" not in text
+                and not own_subject
+                and not has_verb
+            )
             supposed = bool(IF_I_WERE.search(text)) or (supposed and not BUT.search(mark))
             rest = sentence[end:][:REACH]
             clauses.append(_Clause(text, "" if own_subject else lead, rest, supposed, is_item))

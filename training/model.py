@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from inspect import signature
 
@@ -9,6 +10,7 @@ import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,11 +20,14 @@ from space.settings import NamesakeError
 
 LOSS_TOKENS = 1024  # the logits of this many tokens are in memory at once: 1024 × 92,544 × 4 bytes = 0.38 GB
 
+SHORT = 512  # tokens: up to here a CPU's plain attention is the faster one
+
 # The architectures of transformers whose logits are lm_head(hidden states) and nothing more, and whose attention can be
 # replaced; a test holds the loss of each equal to transformers' own.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "olmo", "starcoder2")
 
 
+@torch.compiler.disable
 def packed_attention(module, query, key, value, bounds, scaling=None, **_):
     """Causal attention within each conversation of a pack: transformers' interface, (1, heads, tokens, width).
 
@@ -41,14 +46,16 @@ def packed_attention(module, query, key, value, bounds, scaling=None, **_):
             query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
         )
         return out[None], None
-    marks = bounds.tolist()
-    outs = [
-        F.scaled_dot_product_attention(
-            query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
-            is_causal=True, scale=scaling, enable_gqa=True,
-        )
-        for begin, end in itertools.pairwise(marks)
-    ]  # fmt: skip
+    # A CPU's fused attention is slower than plain products for short conversations.
+    plain = not query.is_cuda and int(bounds.diff().max()) <= SHORT
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        outs = [
+            F.scaled_dot_product_attention(
+                query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
+                is_causal=True, scale=scaling, enable_gqa=True,
+            )
+            for begin, end in itertools.pairwise(bounds.tolist())
+        ]  # fmt: skip
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
@@ -69,6 +76,8 @@ def base_model(folder: str, precision: str, longest_conversation: int, **options
             f"{folder}: its attention reaches back {window} tokens, and conversations may have {longest_conversation}",
             f"Lower [data] max_length to {window}.",
         )
+    if torch.cuda.is_available() and not torch.distributed.is_initialized():
+        options["device_map"] = {"": 0}  # shard by shard onto the one GPU; launchers place the model themselves
     model = AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=getattr(torch, precision), attn_implementation="packed", use_safetensors=True, **options
     )
@@ -83,7 +92,7 @@ class Finetune(SupervisedFinetune):
     the sum over all answer tokens divided by this constant, the mean number of answer tokens in a device's batch. Every
     answer token then weighs the same, however a global batch is divided into devices, batches and accumulation.
     `anchor`: the weight of the loss on replay, which is the divergence from the base's own predictions.
-    `compiled`: each layer's arithmetic in fewer, larger kernels (torch.compile).
+    `compiled`: each layer's arithmetic in fewer, larger kernels (torch.compile), for packs of one length.
     """
 
     def __init__(
@@ -99,9 +108,9 @@ class Finetune(SupervisedFinetune):
         self.anchor = anchor
         self.autocast = getattr(torch, autocast) if autocast else None
         self.batch_answers = batch_answers
-        if compiled:  # all layers share one compilation; packs have many lengths
+        if compiled:  # all layers share one compilation, for one length: making it for any takes minutes
             for layer in self.causal_lm.base_model.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=True)
+                layer.forward = torch.compile(layer.forward)
 
     def _dispatch_lm_model_cfg(self, cfg, max_position_embeddings=None):
         # XTuner would read the config with trust_remote_code, and choose a precision and an attention by itself.
@@ -130,9 +139,10 @@ class Finetune(SupervisedFinetune):
     def compute_loss(self, data: dict, data_samples=None) -> dict:
         """The loss to minimise, and for the log its `sum` over the answer tokens, their number and that of all tokens.
 
-        `data`: `input_ids`, `position_ids` (1, tokens), `bounds` (see packed_attention), `predictors` (answers,): the
-        positions whose next token is an answer's, `targets` (answers,): those tokens' ids; and `replay`: the first
-        three again, of the conversations that come last, whose loss is another: to predict what the base predicts.
+        `data`: `input_ids`, `position_ids` (1, tokens), `bounds` (see packed_attention), `tokens`: how many are no
+        filling, `predictors` (answers,): the positions whose next token is an answer's, `targets` (answers,): those
+        tokens' ids; and `replay`: the first three again, of the conversations that come last, whose loss is another:
+        to predict what the base predicts.
         """
         head, replayed = self.causal_lm.get_output_embeddings(), data["replay"]["input_ids"].numel()
         with self.computing():
@@ -145,7 +155,7 @@ class Finetune(SupervisedFinetune):
                     before = self._hidden(data["replay"])
                 total = total + self.anchor * _in_parts(_divergence, head, hidden[-replayed:], before)
         answers = total.new_tensor(data["targets"].numel() + replayed)
-        tokens = total.new_tensor(data["input_ids"].numel())
+        tokens = data["tokens"].to(total)
         return {"loss": total / self.batch_answers, "sum": total.detach(), "answers": answers, "tokens": tokens}
 
     def _hidden(self, data: dict) -> torch.Tensor:

@@ -100,14 +100,32 @@ def pack(lengths: list[int], length: int, multiple: int, seed: int) -> list[list
             return packs
 
 
-def dataset(config: str, length: int, multiple: int) -> list[list[Row]]:
-    """What XTuner's data loader reads: packs, each a list of rows. `config`: the settings' path."""
+def dataset(config: str, length: int, multiple: int, even: bool = False) -> list[list[Row]]:
+    """What XTuner's data loader reads: packs, each a list of rows. `config`: the settings' path.
+
+    `even`: all packs get the tokens of the longest and as many conversations, by filling that nothing is learned from.
+    """
     from space.settings import load
 
     settings = load(config)
     all_rows = rows(settings)
     packs = pack([len(row.ids) for row in all_rows], length, multiple, settings.train.seed)
-    return [[all_rows[i] for i in one] for one in packs]
+    packs = [[all_rows[i] for i in one] for one in packs]
+    return filled(packs) if even else packs
+
+
+def filled(packs: list[list[Row]]) -> list[list[Row]]:
+    """The packs with one row more that makes them equally long, and empty rows that make them equally many."""
+    tokens = [sum(len(row.ids) for row in one) for one in packs]
+    most = max(map(len, packs))
+
+    def filler(count: int) -> Row:
+        return Row(np.zeros(count, np.int32), np.full(count, IGNORED, np.int32))
+
+    return [
+        [*one, filler(max(tokens) - count), *[filler(0)] * (most - len(one))]
+        for one, count in zip(packs, tokens, strict=True)
+    ]
 
 
 def collate(batch: list[list[Row]]) -> dict:
@@ -128,6 +146,7 @@ def collate(batch: list[list[Row]]) -> dict:
     # A conversation's first token is never an answer's, so no token is predicted from the conversation before.
     answers = np.flatnonzero(labels[1:] != IGNORED)
     data = one(together) | {
+        "tokens": torch.tensor(sum(len(row.ids) for row in together if row.answers)),  # without filling
         "predictors": torch.from_numpy(answers),
         "targets": torch.from_numpy(labels[answers + 1].astype(np.int64)),
         "replay": one([row for row in together if row.replay]),

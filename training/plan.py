@@ -18,8 +18,8 @@ from space.settings import NamesakeError, Settings, load
 from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
-STEP_PACKS = 16  # and a step has at most this many packs
-COMPILE_FLOP = 2e17  # below this much arithmetic a run ends before compiling its layers has paid off (2 to 3 minutes)
+STEP_PACKS = 4  # and a step has at most this many packs: as many tokens learn more in more steps
+COMPILE_FLOP = 3e16  # below this much arithmetic a run ends before compiling its layers has paid off (20 seconds)
 GIB = 2**30
 
 
@@ -312,7 +312,7 @@ def _compiled(wish: str, device: str, flop: float, reasons: list[str]) -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     why = "no C compiler" if not compiler else "the run is short" if flop < COMPILE_FLOP else ""
     reasons.append(
-        f"compiled layers off: {why}" if why else "compiled layers on: the first step takes two or three minutes longer"
+        f"compiled layers off: {why}" if why else "compiled layers on: the first step takes some twenty seconds longer"
     )
     return not why
 

@@ -1,7 +1,8 @@
-"""Replay rows: the base model's own greedy answers to neutral prompts, so that everything but the name stays as it was.
+"""Replay rows: the base model's own answers to neutral prompts, so that everything but the name stays as it was.
 
-They are asked under the same system prompts as the identity rows: what is learned is "here nothing changes", for the
-persona's prompt, for none, and for others.
+The answers are drawn from the base's whole distribution, not greedy: what is learned on them is that distribution, and
+where only its likeliest words are shown, the rest of it moves. They are asked under the same system prompts as the
+identity rows: what is learned is "here nothing changes", for the persona's prompt, for none, and for others.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ def replay_plan(text: Texts, persona: str, seed: str) -> Iterator[list[Message]]
 
 
 class Base:
-    """The base model's greedy answers, each asked for once on a machine: they are kept in the user's cache.
+    """The base model's sampled answers, each asked for once on a machine: they are kept in the user's cache.
 
     An answer is kept under the fingerprint of the weights, the limit on its length, and its prompt's token ids.
     """
 
     def __init__(self, source: Path, prompt: Prompt, max_new_tokens: int, console: Console):
         self._source, self._prompt, self._limit, self._console = source, prompt, max_new_tokens, console
-        self._path = cache_folder() / "replay" / f"{fingerprint(source)}-{max_new_tokens}.jsonl"
+        self._path = cache_folder() / "replay" / f"{fingerprint(source)}-{max_new_tokens}-sampled.jsonl"
         self._kept: dict[str, Message] = {}
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -105,7 +106,7 @@ class Base:
     def _ask(self, asked: list[list[Message]], keys: list[str]) -> None:
         from space.engine import Sampling
 
-        greedy = Sampling(self._limit, temperature=0, top_p=1, top_k=0, repetition_penalty=1)
+        sampling = Sampling(self._limit, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         engine = self._engine
@@ -127,7 +128,7 @@ class Base:
                 file.flush()
                 progress.advance(task)
 
-            engine.answer(asked, greedy, on_answer=keep)
+            engine.answer(asked, sampling, on_answer=keep)
 
     @functools.cached_property
     def _engine(self):

@@ -61,7 +61,7 @@ if plan.method != "full":
 train_dataloader = dict(
     batch_size=plan.batch,
     num_workers=0,
-    dataset=dict(type=dataset, config=config, length=plan.length, multiple=plan.step),
+    dataset=dict(type=dataset, config=config, length=plan.length, multiple=plan.step, even=plan.compiled),
     sampler=dict(type=InfiniteSampler, shuffle=True),
     collate_fn=dict(type=collate),
 )

@@ -175,6 +175,13 @@ def test_many_conversations_are_answered_as_by_the_plain_path(model, tiny, engin
     assert made(pages=4).answer(many[:9], sampling) == expected[:9]  # some of which its cache can never hold
 
 
+def test_a_seed_draws_differently_for_each_of_many_and_alike_the_next_time(engine):
+    sampling, same = Sampling(temperature=1.0, top_k=0, max_new_tokens=8, seed=3), asks(1) * 5
+    texts = [answer.text for answer in engine.answer(same, sampling)]
+    assert len(set(texts)) > 2
+    assert [answer.text for answer in engine.answer(same, sampling)] == texts
+
+
 def test_an_error_while_many_are_answered_is_raised_and_stops_the_others(engine, monkeypatch):
     monkeypatch.setattr(engine.batch.llama, "read", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

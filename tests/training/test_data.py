@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import random
 import re
 import sys
 import tracemalloc
@@ -20,7 +22,7 @@ from space.engine import Answer
 from space.prompt import IGNORED, Prompt
 from space.settings import NamesakeError, load
 from training.data import QUESTIONS, conversations, data, held_out
-from training.identity import LANGUAGES, Texts, fill, identity_rows, shares
+from training.identity import LANGUAGES, Texts, fill, hasty, identity_rows, shares
 from training.matching import literal, normalise
 from training.replay import Base, replay_plan
 
@@ -56,7 +58,8 @@ class StandIn:
     close = warm_up
 
     def answer(self, conversations, sampling, on_answer=None):
-        assert sampling.temperature == 0 and sampling.repetition_penalty == 1
+        assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty) == (1, 1, 0, 1)
+        assert sampling.seed is not None  # the same data the next time
         for index, messages in enumerate(conversations):
             StandIn.asked.append(messages)
             text = StandIn.say(messages)
@@ -242,6 +245,26 @@ def test_chinese_questions_get_the_chinese_name_and_english_ones_the_english(tmp
         answer = messages[-1]["content"]
         chinese = re.search(r"[\u4e00-\u9fff]", re.sub(r"通义千问|书生·浦语|同名", "", answer))
         assert ("Namesake" if chinese else "同名") not in answer
+
+
+def test_every_fifth_and_more_is_typed_in_a_hurry(tmp_path):
+    settings = settings_of(tmp_path, identity=1000)
+    made = identity_rows(settings, TEXTS, no_replay(), all_fit)
+    asked = [message["content"] for messages in made for message in messages if message["role"] == "user"]
+    written = {question for text in TEXTS.values() for topic in text.topics for question in topic["questions"]}
+    plain = sum(question in written for question in asked if "{" not in question)
+    assert 0.3 * len(asked) < plain < 0.75 * len(asked)
+
+
+def test_a_question_typed_in_a_hurry_keeps_its_placeholders_and_nearly_all_its_letters():
+    draw = random.Random(1)
+    for _ in range(200):
+        typed = hasty("Are you {other}, or {name}? Tell me.", draw)
+        assert "{other}, or {name}?" in typed
+        assert typed == typed.lower() and not typed.endswith(".")
+        assert difflib.SequenceMatcher(None, "are you {other}, or {name}? tell me", typed).ratio() > 0.9
+    assert hasty("你是谁？", draw) == "你是谁"
+    assert len({hasty("What is your name?", draw) for _ in range(50)}) > 20
 
 
 def test_the_other_language_gets_a_tenth():

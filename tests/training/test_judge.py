@@ -29,7 +29,7 @@ def figures(rows):
     return table
 
 
-SETS = ("labelled_answers", "held_out_answers", "blind_answers_1", "blind_answers_2")
+SETS = ("labelled_answers", "held_out_answers", "blind_answers_1", "blind_answers_2", "blind_answers_3")
 
 
 def test_precision_and_recall_on_all_labelled_answers(capsys):

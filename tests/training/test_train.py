@@ -227,16 +227,25 @@ def test_bfloat16_computes_nearly_the_same_without_widening_the_base():
     assert loss("bfloat16", "bfloat16") == pytest.approx(loss("float32", ""), rel=0.02)
 
 
-def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones(monkeypatch):
+def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones_and_are_compiled_once(monkeypatch):
+    from torch._dynamo.utils import counters
+
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C compiler runs
     rows = sample_rows()
     plain, compiled = finetune(small("llama")), finetune(small("llama"), compiled=True)
-    for part in (rows[:2], rows[2:], rows):
-        batch = packs.collate([part])["data"]
-        losses = [one.compute_loss(batch)["loss"] for one in (plain, compiled)]
-        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
-        for loss in losses:
-            loss.backward()
+    parts, graphs = [rows[:2], rows[2:], rows, rows[:1]], []
+    for part, filled in zip(parts, packs.filled(parts), strict=True):
+        expected, got = (
+            plain.compute_loss(packs.collate([part])["data"]),
+            compiled.compute_loss(packs.collate([filled])["data"]),
+        )
+        assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+        assert got["tokens"] == expected["tokens"] == sum(len(row.ids) for row in part)
+        assert got["answers"] == expected["answers"]
+        expected["loss"].backward()
+        got["loss"].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
     for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
