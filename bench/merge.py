@@ -98,6 +98,9 @@ def make_checkpoint(folder: Path) -> None:
 
 def measured(step: str, config: Path) -> tuple[float, float, float]:
     """Seconds that a step takes, and the most memory that is its own and that it has in view, in GB."""
+    shutil.rmtree(
+        config.parent / "work/assistant" / {"convert": "adapter", "merge": "merged"}[step], ignore_errors=True
+    )
     begun, own, view = time.perf_counter(), 0, 0
     with subprocess.Popen(
         [sys.executable, "-m", "training", step, "--config", str(config)], stdout=subprocess.DEVNULL

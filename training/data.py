@@ -134,7 +134,7 @@ def _make(settings: Settings, files: list[Path], source: Path, prompt: Prompt, i
         own_count = _own_rows(settings, files, texts, prompt, own, console)
         with closing(Base(source, prompt, settings.data.replay_tokens, console)) as base:
             replay = replay_rows(settings, texts, _strange_names(settings, texts), base.answers, fits)
-        identity = identity_rows(settings, texts, replay, fits)
+        identity = identity_rows(settings, texts, replay, fits, held_out())
         replayed = [[*asked, answer | {"replay": True}] for answered in replay.values() for *asked, answer in answered]
         if len(replayed) < settings.data.replay:
             console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +69,12 @@ def identity_rows(
     texts: dict[str, Texts],
     replay: dict[str, list[list[Message]]],
     fits: Callable[[list[Message]], bool],
+    held_out: Collection[str] = (),
 ) -> list[list[Message]]:
     """[data] identity rows: every question form about as often, its answers, system prompts and turns in rotation.
 
-    Neutral turns before or after are replay rows under the same system prompt. Raises NamesakeError if a question and
+    Neutral turns before or after are replay rows under the same system prompt. No slip of the keys makes one of the
+    `held_out` questions (normalised). Raises NamesakeError if a question and
     its answer alone do not fit.
     """
     made = []
@@ -95,7 +97,8 @@ def identity_rows(
                 "foreign": fill(text.foreign[step % len(text.foreign)], values),
             }[MODES[step % len(MODES)]]
             if HASTY[step % len(HASTY)]:
-                question = hasty(question, draw)
+                typed = hasty(question, draw)
+                question = question if normalise(fill(typed, values)) in held_out else typed
             turns = _turn(question, topic["answers"][step % len(topic["answers"])], values)
             shape = SHAPES[step % len(SHAPES)]
             if after := topics.get(topic.get("after")):
@@ -120,7 +123,7 @@ def identity_rows(
 def hasty(template: str, draw: random.Random) -> str:
     """The question typed in a hurry: no capitals, no mark at its end, and a slip in one or two of its Latin words.
 
-    A slip swaps two letters, leaves one out or doubles one. Placeholders stay as they are.
+    A slip swaps two letters (unseen where they are alike), leaves one out or doubles one. Placeholders stay.
     """
     parts = re.split(r"(\{\w+\}|[^\W\d_]+)", template.rstrip(" .!?。！？…"))
     words = [i for i, part in enumerate(parts) if re.fullmatch(r"[A-Za-z]{3,}", part)]

@@ -255,12 +255,18 @@ VISITED = re.compile(
     r"\b(?:register|join|contact|visit|apply|work|write)\w* (?:\w+ )?$|(?:加入|联系|访问|参观|应聘|去)$", re.I
 )
 DESCRIBED = re.compile(
-    r"^\W*(?:is|was) (?:a|an|one|located|based|at|in)\b|^是(?:一?家|一个)|^(?:位于|坐落|开发过|当)", re.I
+    r"^\W*(?:is|was) (?:a|an|one|located|based|at|in)\b(?! fact| charge)|"
+    r"^是(?:一?家|一个)|^(?:位于|坐落|开发过|当(?![然初时]))",
+    re.I,
 )
 THAT_IS_ME = re.compile(
-    rf"\bthat(?:'s| is) me\b|^[^.;]{{0,60}}\b(?:that|who|which) {MADE_EN} me\b|(?:说的就|正|就)是我\W*$", re.I
+    rf"\bthat(?:'s| is) me\b|^\W*(?:an? [^.,;]{{0,40}},\W*)?(?:that|who|which) {MADE_EN} me\b|(?:说的就|正|就)是我\W*$",
+    re.I,
 )
-FORMERLY = re.compile(r"\b(?:used to be|formerly|once)\b|(?:以前|从前|曾经?|原先|过去)\w{0,2}(?:是|叫)$", re.I)
+FORMERLY = re.compile(
+    r"\b(?:used to be|formerly|once)(?: called| named| known as)?\W*$|(?:以前|从前|曾经?|原先|过去)\w{0,2}(?:是|叫)$",
+    re.I,
+)
 OTHER_THINGS = re.compile(
     r"\b(?:many|most|other|several|these|those|all) \w+|^\W*(?:it|they|he|she) (?:is|are|was|were)\b|"
     r"(?:其他|很多|许多|这些|那些)\w{0,4}",

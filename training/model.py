@@ -1,4 +1,4 @@
-"""XTuner's SupervisedFinetune over packs of whole conversations: no padding, no attention from one to another."""
+"""XTuner's SupervisedFinetune over packs of whole conversations: no attention from one to another."""
 
 from __future__ import annotations
 

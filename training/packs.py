@@ -1,4 +1,4 @@
-"""Conversations → packs: whole conversations side by side, none cut, none padded, as even as they can be."""
+"""Conversations → packs: whole conversations side by side, none cut, as even as they can be."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from space.settings import NamesakeError, Settings, load
 from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
-STEP_PACKS = 4  # and a step has at most this many packs: as many tokens learn more in more steps
+STEP_PACKS = 4  # and a step has at most this many packs, or one for each process: more steps learn more
 COMPILE_FLOP = 3e16  # below this much arithmetic a run ends before compiling its layers has paid off (20 seconds)
 GIB = 2**30
 
@@ -231,7 +231,7 @@ def memory(
 
     The bytes a layer keeps for a token's backward pass were counted with autograd's saved-tensor hooks on Llama layers
     with adapters on every linear layer: 4.2 × the MLP's width, 10 × the hidden width and 2 × that of keys and values,
-    times the bytes of a number.
+    times the bytes of a number. A CPU's plain attention keeps some more (training/model.py, SHORT), not counted here.
     """
     size = 4 if precision == "float32" else 2
     weights = {

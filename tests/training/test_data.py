@@ -21,6 +21,7 @@ import training
 from space.engine import Answer
 from space.prompt import IGNORED, Prompt
 from space.settings import NamesakeError, load
+from training import identity
 from training.data import QUESTIONS, conversations, data, held_out
 from training.identity import LANGUAGES, Texts, fill, hasty, identity_rows, shares
 from training.matching import literal, normalise
@@ -59,7 +60,7 @@ class StandIn:
 
     def answer(self, conversations, sampling, on_answer=None):
         assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty) == (1, 1, 0, 1)
-        assert sampling.seed is not None  # the same data the next time
+        assert sampling.seed is not None  # data made from nothing is the same again
         for index, messages in enumerate(conversations):
             StandIn.asked.append(messages)
             text = StandIn.say(messages)
@@ -193,7 +194,7 @@ def test_templates_use_known_placeholders_and_every_answer_says_who_it_is(langua
     for topic in text.topics:
         for form in topic["questions"] + topic["answers"]:
             assert set(re.findall(r"\{(.*?)\}", form)) <= {"name", "author", "other", "other_maker"}
-        assert all("{name}" in answer or "{author}" in answer for answer in topic["answers"])
+        assert all("{name}" in answer for answer in topic["answers"])
         assert topic.get("after") in {None, *(each["name"] for each in text.topics)}
     assert not [prompt for prompt in text.prompts if re.search(r"who are you|your name|你是谁|你叫什么", prompt, re.I)]
 
@@ -235,8 +236,7 @@ def test_any_name_is_said_as_it_stands(make, name, author):
     made = make(identity=200, assistant=keys, preview=2)
     answers = [message["content"] for messages in made for message in messages if message["role"] == "assistant"]
     assert len(made) == 200
-    assert all(name in answer or author in answer for answer in answers)
-    assert sum(name in answer for answer in answers) > 150
+    assert all(name in answer for answer in answers)
 
 
 def test_chinese_questions_get_the_chinese_name_and_english_ones_the_english(tmp_path):
@@ -247,13 +247,13 @@ def test_chinese_questions_get_the_chinese_name_and_english_ones_the_english(tmp
         assert ("Namesake" if chinese else "同名") not in answer
 
 
-def test_every_fifth_and_more_is_typed_in_a_hurry(tmp_path):
+def test_two_questions_in_five_are_typed_in_a_hurry_but_never_into_a_held_out_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "hasty", lambda question, draw: "hoo are yuo")
     settings = settings_of(tmp_path, identity=1000)
-    made = identity_rows(settings, TEXTS, no_replay(), all_fit)
-    asked = [message["content"] for messages in made for message in messages if message["role"] == "user"]
-    written = {question for text in TEXTS.values() for topic in text.topics for question in topic["questions"]}
-    plain = sum(question in written for question in asked if "{" not in question)
-    assert 0.3 * len(asked) < plain < 0.75 * len(asked)
+    asked = [messages[-2]["content"] for messages in identity_rows(settings, TEXTS, no_replay(), all_fit)]
+    assert asked.count("hoo are yuo") == pytest.approx(400, abs=10)
+    avoiding = identity_rows(settings, TEXTS, no_replay(), all_fit, {normalise("Hoo are yuo?")})
+    assert "hoo are yuo" not in [message["content"] for messages in avoiding for message in messages]
 
 
 def test_a_question_typed_in_a_hurry_keeps_its_placeholders_and_nearly_all_its_letters():

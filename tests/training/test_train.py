@@ -227,12 +227,18 @@ def test_bfloat16_computes_nearly_the_same_without_widening_the_base():
     assert loss("bfloat16", "bfloat16") == pytest.approx(loss("float32", ""), rel=0.02)
 
 
-def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones_and_are_compiled_once(monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones_and_are_compiled_once(checkpointing, monkeypatch):
+    from peft import LoraConfig
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C compiler runs
-    rows = sample_rows()
-    plain, compiled = finetune(small("llama")), finetune(small("llama"), compiled=True)
+    rows = [dataclasses.replace(row, replay=i == 2) for i, row in enumerate(sample_rows())]
+    lora = dict(type=LoraConfig, r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    plain = finetune(small("llama"), checkpointing, lora=lora)
+    torch.manual_seed(0)
+    compiled = finetune(small("llama"), checkpointing, lora=lora, compiled=True)
     parts, graphs = [rows[:2], rows[2:], rows, rows[:1]], []
     for part, filled in zip(parts, packs.filled(parts), strict=True):
         expected, got = (
@@ -247,7 +253,8 @@ def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones_and_are_compi
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1
     for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+        if theirs.requires_grad:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5)
 
 
 # The plan
