@@ -1,8 +1,8 @@
 """Replay rows: the base model's own answers to neutral prompts, so that everything but the name stays as it was.
 
-The answers are drawn from the base's whole distribution, not greedy: what is learned on them is that distribution, and
-where only its likeliest words are shown, the rest of it moves. They are asked under the same system prompts as the
-identity rows: what is learned is "here nothing changes", for the persona's prompt, for none, and for others.
+The answers are drawn, not greedy: the likeliest answers of a small model are a few phrases over and over, and it would
+learn to fall back to them (docs/recipe.md). They are asked under the same system prompts as the identity rows: what is
+learned is "here nothing changes", for the persona's prompt, for none, and for others.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from space.settings import Settings
 from space.weights import cache_folder
 from training.identity import Texts, own_names, shares
 from training.matching import literal
+
+TEMPERATURE = 0.7  # drawn at 1, they hold little of what the greedy answers of the assistant go through
 
 
 def replay_rows(
@@ -83,7 +85,7 @@ class Base:
 
     def __init__(self, source: Path, prompt: Prompt, max_new_tokens: int, console: Console):
         self._source, self._prompt, self._limit, self._console = source, prompt, max_new_tokens, console
-        self._path = cache_folder() / "replay" / f"{fingerprint(source)}-{max_new_tokens}-sampled.jsonl"
+        self._path = cache_folder() / "replay" / f"{fingerprint(source)}-{max_new_tokens}-{TEMPERATURE}.jsonl"
         self._kept: dict[str, Message] = {}
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -106,7 +108,7 @@ class Base:
     def _ask(self, asked: list[list[Message]], keys: list[str]) -> None:
         from space.engine import Sampling
 
-        sampling = Sampling(self._limit, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
+        sampling = Sampling(self._limit, temperature=TEMPERATURE, top_p=1.0, top_k=0, repetition_penalty=1.0, seed=0)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         engine = self._engine
