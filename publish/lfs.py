@@ -14,7 +14,6 @@ import collections
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import threading
@@ -170,8 +169,6 @@ class Repository:
             for reader in readers:
                 reader.join()
         printed = b"".join(output).decode("utf-8", "surrogateescape")
-        if process.returncode == -signal.SIGINT:  # Ctrl-C reached git; on a busy machine that is seen here later
-            raise KeyboardInterrupt
         if process.returncode:
             raise explain("".join(said) + printed, self.remote)
         return printed

@@ -162,6 +162,8 @@ def test_ctrl_c_ends_with_one_line_and_a_rerun_finishes(run, hub):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores it, and so would what the tests start from there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert fault.reached.wait(60)
     os.killpg(process.pid, signal.SIGINT)
