@@ -25,7 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench.train import SHAPE  # noqa: E402
 
-HIDDEN, INNER, LAYERS, KV, VOCAB, RANK = 4096, 14336, 32, 1024, 92544, 64
+RANK = 64
+HIDDEN, INNER, LAYERS, VOCAB = (
+    SHAPE[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+)
+KV = HIDDEN // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
 LINEAR = {  # out, in
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KV, HIDDEN),
@@ -81,7 +85,7 @@ def make_checkpoint(folder: Path) -> None:
     """What XTuner leaves of such a run: the adapter in float32, and the optimizer with two moments of each."""
     import torch
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     state = {
         f"llm.base_model.model.model.layers.{layer}.{name}.lora_{side}.default.weight": torch.randn(shape) / 100
         for layer in range(LAYERS)
@@ -98,9 +102,8 @@ def make_checkpoint(folder: Path) -> None:
 
 def measured(step: str, config: Path) -> tuple[float, float, float]:
     """Seconds that a step takes, and the most memory that is its own and that it has in view, in GB."""
-    shutil.rmtree(
-        config.parent / "work/assistant" / {"convert": "adapter", "merge": "merged"}[step], ignore_errors=True
-    )
+    made = config.parent / "work/assistant" / {"convert": "adapter", "merge": "merged"}[step]
+    shutil.rmtree(made, ignore_errors=True)  # else it says that nothing has changed
     begun, own, view = time.perf_counter(), 0, 0
     with subprocess.Popen(
         [sys.executable, "-m", "training", step, "--config", str(config)], stdout=subprocess.DEVNULL

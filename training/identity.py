@@ -74,8 +74,7 @@ def identity_rows(
     """[data] identity rows: every question form about as often, its answers, system prompts and turns in rotation.
 
     Neutral turns before or after are replay rows under the same system prompt. No slip of the keys makes one of the
-    `held_out` questions (normalised). Raises NamesakeError if a question and
-    its answer alone do not fit.
+    `held_out` questions (normalised). Raises NamesakeError if a question and its answer alone do not fit.
     """
     made = []
     for language, count in shares(settings.data.identity, settings.assistant.languages).items():
