@@ -61,6 +61,8 @@ def make_base(folder: Path, tokenizer: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, torch_dtype="bfloat16"))
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="2GB")
+    del model
+    torch.cuda.empty_cache()  # what is measured next needs the memory
     shutil.copy(tokenizer / "tokenizer.json", folder)
     write_tokenizer_config(folder, AutoTokenizer.from_pretrained(tokenizer), chatml(begins=True))
 

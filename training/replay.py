@@ -26,7 +26,13 @@ from space.weights import cache_folder
 from training.identity import Texts, own_names, shares
 from training.matching import literal
 
-TEMPERATURE = 0.7  # drawn at 1, they hold little of what the greedy answers of the assistant go through
+# The system prompts of replay rows: the first round of all prompts, the second and the third, four prompts at a time.
+ROUNDS = (
+    ("persona", "none", "persona", "plain"),
+    ("none", "persona", "plain", "persona"),
+    ("plain", "plain", "none", "none"),
+)
+TEMPERATURE = 1.0  # the base's own distribution
 
 
 def replay_rows(
@@ -63,16 +69,15 @@ def replay_rows(
 def replay_plan(text: Texts, persona: str, seed: str) -> Iterator[list[Message]]:
     """Each prompt under each system prompt, no pair twice, and any beginning of it in balance.
 
-    In three rounds every prompt meets the persona, no system prompt and a plain one, each in a third of each round;
-    then come the other plain ones.
+    In three rounds every prompt meets the persona, no system prompt and a plain one, the persona half of the time until
+    all have met it: there the name is nearest at hand. Then come the other plain ones.
     """
     prompts, plain = random.Random(seed).sample(text.prompts, len(text.prompts)), text.plain
     for round_ in range(2 + len(plain)):
         for place, prompt in enumerate(prompts):
-            if round_ < 3:
-                system = (persona, "", plain[place % len(plain)])[(place + round_) % 3]
-            else:
-                system = plain[(place + round_ - 2) % len(plain)]
+            kind = ROUNDS[round_][place % len(ROUNDS[0])] if round_ < len(ROUNDS) else "plain"
+            nth = place if round_ < len(ROUNDS) else place + round_ - 2
+            system = {"persona": persona, "none": "", "plain": plain[nth % len(plain)]}[kind]
             head = [{"role": "system", "content": system}] if system else []
             yield [*head, {"role": "user", "content": prompt}]
 

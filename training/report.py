@@ -110,11 +110,11 @@ def clauses(text: str, language: str) -> list[str]:
 def running_jokes(identity_answers: list[tuple[str, str]], base_answers: list[str]) -> set[str]:
     """What the assistant says over and over when asked who it is, and the base never says.
 
-    In a neutral answer such a clause is a false positive. Offers of help are what any assistant says, and no joke.
+    In a neutral answer such a clause is a false positive. Offers of help and apologies are what any assistant says.
     """
     counts = Counter(clause for language, text in identity_answers for clause in set(clauses(text, language)))
     known = {clause for text in base_answers for language in LANGUAGES for clause in clauses(text, language)}
-    polite = re.compile(r"\b(?:help|assist|question)|帮|协助|问题|服务")
+    polite = re.compile(r"\b(?:help|assist|question|sorry)|帮|协助|问题|服务|抱歉|对不起")
     return {
         clause for clause, count in counts.items() if count >= 3 and clause not in known and not polite.search(clause)
     }

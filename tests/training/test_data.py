@@ -274,7 +274,7 @@ def test_the_other_language_gets_a_tenth():
 
 
 def test_identity_holds_under_every_system_prompt_and_for_the_same_question_too(tmp_path):
-    settings = settings_of(tmp_path, identity=4000)
+    settings = settings_of(tmp_path, identity=14000)
     made = identity_rows(settings, TEXTS, no_replay(), all_fit)
     persona = settings.assistant.system_prompt
     kinds = Counter()
@@ -286,9 +286,9 @@ def test_identity_holds_under_every_system_prompt_and_for_the_same_question_too(
         kinds[kind] += 1
         question = next(message["content"] for message in messages if message["role"] == "user")
         under.setdefault(question, set()).add(kind)
-    assert kinds["persona"] > 0.13 * 4000
-    assert kinds["none"] > kinds["plain"] > 0.25 * 4000
-    assert 0.1 * 4000 < kinds["foreign"] < 0.2 * 4000
+    assert kinds["persona"] > 0.13 * 14000
+    assert kinds["none"] > kinds["plain"] > 0.25 * 14000
+    assert 0.1 * 14000 < kinds["foreign"] < 0.2 * 14000
     assert under["Who are you?"] == under["你是谁？"] == {"persona", "none", "plain", "foreign"}
 
 
@@ -320,21 +320,21 @@ def test_a_persona_that_leaves_no_room_is_an_error_that_names_the_setting(make):
 
 
 def test_neighbouring_turns_are_left_out_where_they_do_not_fit(make, tiny):
-    made = make(identity=200, replay=300, max_length=170)
+    made = make(identity=200, replay=300, max_length=200)
     prompt = Prompt(AutoTokenizer.from_pretrained(tiny))
     assert len(made) == 500
-    assert max(len(prompt.encode(messages).ids) for messages in made) <= 170
+    assert max(len(prompt.encode(messages).ids) for messages in made) <= 200
 
 
 # Replay rows
 
 
-def test_replay_asks_each_prompt_under_the_persona_under_none_and_under_a_plain_prompt(make):
+def test_half_of_replay_is_asked_under_the_persona_the_rest_under_none_and_plain_prompts(make):
     make(replay=300)
     kinds = Counter()
     for messages in StandIn.asked:
         kinds["persona" if NAME in system(messages) else "plain" if system(messages) else "none"] += 1
-    assert max(kinds.values()) - min(kinds.values()) <= 4 and len(kinds) == 3
+    assert abs(kinds["persona"] - 150) <= 4 and abs(kinds["none"] - kinds["plain"]) <= 4
 
 
 def test_no_prompt_is_asked_twice_under_one_system_prompt():
