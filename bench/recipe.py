@@ -58,9 +58,9 @@ VARIANTS = {
     "ms-swift": dict(identity=0, replay=1000, rows="ms-swift", rank=8, alpha=32, rate=1e-4, epochs=1, batch=1,
                      accumulate=2, anchor=0.0),
     "small": SMALL,
-    "small rate 1e-3": SMALL | dict(rate=1e-3),
-    "small identity 700": SMALL | dict(identity=700),
-    "small replay 800": SMALL | dict(replay=800),
+    **{f"small seed {seed}": SMALL | dict(seed=seed) for seed in range(1, 9)},  # the same but for chance
+    "small anchor 1.5": SMALL | dict(anchor=1.5),
+    "small rate 3e-3, identity 900, replay 500": SMALL | dict(rate=3e-3, identity=900, replay=500),
     "small qlora": SMALL | dict(method="qlora"),
 }  # fmt: skip
 
@@ -134,8 +134,9 @@ def ask_base(path: Path, answers: Path) -> None:
     settings = load(path)
     source = str(base.folder(settings))
     header = {"before": evaluate.weights_identity(source), "persona": settings.assistant.system_prompt}
-    kept = evaluate.Answers(answers.with_suffix(".part"), header | {"quick": False}, False)
-    evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False, lambda done=1: None)
+    header |= {"quick": False, "questions": evaluate.sources()}
+    kept = evaluate.Answers(answers.with_suffix(".part"), header, False)
+    evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False)
     kept.close()
     kept.path.rename(answers)
 

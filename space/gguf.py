@@ -80,14 +80,24 @@ class GgufEngine(BaseEngine):
         self._slots = [_Slot(index) for index in range(slots)]
         self._jobs: list[_Job] = []  # not yet in a slot
         self._given = 0
-        self._changed = threading.Condition()
-        threading.Thread(target=self._compute, name="llama.cpp", daemon=True).start()
+        self._changed, self._closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._compute, name="llama.cpp", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._context.cancel = True  # leaves the step in the making
+        self._thread.join()
 
     def generate(self, run: Run, ids: list[int], sampling: Sampling) -> list[int]:
         # The same seed gives the same answer: sums in another order, as after a cached beginning, could tip a choice.
         fresh = sampling.seed is not None and sampling.temperature > 0
         job = _Job(run, ids, self.budget(sampling, len(ids)), self._sampler(sampling, ids), [], fresh)
         with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
             self._jobs.append(job)
             self._changed.notify()
         while not job.over.wait(0.02):
@@ -153,7 +163,9 @@ class GgufEngine(BaseEngine):
     def _compute(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or any(slot.job for slot in self._slots))
+                self._changed.wait_for(lambda: self._closed or self._jobs or any(slot.job for slot in self._slots))
+                if self._closed:
+                    break
             try:
                 self._give_slots()
                 self._step()
@@ -164,6 +176,9 @@ class GgufEngine(BaseEngine):
                     if slot.job:
                         slot.job.error = error
                         self._end(slot)
+        for job in [*self._jobs, *(slot.job for slot in self._slots if slot.job)]:
+            job.error = RuntimeError("the engine is closed")
+            job.over.set()
 
     def _give_slots(self) -> None:
         """Ends what was stopped, and gives free slots to waiting jobs: to each the one with most of its prompt."""

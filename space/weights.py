@@ -525,6 +525,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import transformers
 
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+    # transformers 4.48 warns here, and says itself that a GGUF's tokenizer is not concerned.
+    logging.getLogger("transformers.models.llama.tokenization_llama_fast").setLevel(logging.ERROR)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     # transformers 5.23 would keep the weights packed; 4.48 has no such option and unpacks them anyway.
     packed = hasattr(transformers, "GgufConfig")

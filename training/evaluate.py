@@ -141,7 +141,7 @@ def evaluate(
         "after": weights_identity(after) if not live else after,
         "assistant": asdict(settings.assistant),
         "gate": asdict(settings.gate),
-        "questions": _sources(),
+        "questions": sources(),
         "quick": quick,
         "samples": samples,
     }
@@ -159,8 +159,10 @@ def evaluate(
         console=console,
     ) as progress:  # fmt: skip
         for side in ("before", "after"):
-            header = {side: inputs[side], "persona": settings.assistant.system_prompt, "quick": quick}
+            header = {side: inputs[side], "persona": settings.assistant.system_prompt}
+            header |= {"quick": quick, "questions": inputs["questions"]}
             answers = Answers(folder / f"answers.{side}.jsonl", header, resume)
+            text = progress.add_task(f"{side:6} general text", total=None, visible=False)
             task = progress.add_task(f"{side:6} answers", total=len(wanted), completed=0)
             try:
                 if side == "after" and live:
@@ -173,10 +175,12 @@ def evaluate(
                 sides[side] = _measure(
                     source, on_top, load_in, wanted, settings, answers, quick,
                     lambda done=1, task=task: progress.advance(task, done),
+                    lambda done, total, text=text: progress.update(text, completed=done, total=total, visible=True),
                 )  # fmt: skip
             except KeyboardInterrupt:
                 progress.stop()
-                console.print(f"Stopped: {len(answers.kept)} of {len(wanted)} answers are kept in {answers.path}. "
+                kept = sum(ask.key in answers.kept for ask in wanted)
+                console.print(f"Stopped: {kept} of {len(wanted)} answers are kept in {answers.path}. "
                               "Go on with --resume.")  # fmt: skip
                 raise
             finally:
@@ -209,17 +213,18 @@ class Answers:
                 rows.append(json.loads(line))
         if rows and rows[0] != json.loads(json.dumps(header)):
             raise NamesakeError(
-                f"{path}: these answers are of other weights or settings",
+                f"{path}: these answers are of other weights, settings or questions",
                 "Run without --resume.",
-                zh=f"{path} 里的回答属于别的权重或设置。请去掉 --resume 再运行。",
+                zh=f"{path} 里的回答属于别的权重、设置或题目。请去掉 --resume 再运行。",
             )
         self.kept = {row["key"]: row for row in rows[1:]}
         self._file = path.open("w", encoding="utf-8")
         for row in [header, *self.kept.values()]:
             self._write(row)
 
-    def add(self, key: str, text: str, state: str, tokens: int) -> None:
-        self.kept[key] = {"key": key, "text": text, "state": state, "tokens": tokens}
+    def add(self, key: str, **found) -> None:
+        """Keep an answer's text, state and tokens, or the loss of a text."""
+        self.kept[key] = {"key": key, **found}
         self._write(self.kept[key])
 
     def close(self) -> None:
@@ -243,10 +248,11 @@ def weights_identity(folder: str) -> str:
     return digest.hexdigest()
 
 
-def general_loss(engine, text: str, limit: int = 0, batch: int = 4) -> float:
+def general_loss(engine, text: str, limit: int = 0, batch: int = 4, told=lambda done, total: None) -> float:
     """The mean loss per token of a text in nats, read in chunks of CHUNK tokens, the first `limit` tokens of it.
 
     Each chunk begins with the begin token where the model's chats do, and its first token carries no loss otherwise.
+    `told` hears how many chunks are read, of how many.
     """
     import torch
     import torch.nn.functional as functional
@@ -259,11 +265,14 @@ def general_loss(engine, text: str, limit: int = 0, batch: int = 4) -> float:
     begin = [engine.tokenizer.bos_token_id] if "bos_token" in plain_template(engine.tokenizer) else []
     chunks = [begin + ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
     chunks = [chunk for chunk in chunks if len(chunk) > 1]
-    if isinstance(engine, GgufEngine):
-        losses = [loss for chunk in chunks for loss in engine.losses(chunk)]
-        return sum(losses) / len(losses)
     total, count = 0.0, 0
-    for group in (chunks[i : i + batch] for i in range(0, len(chunks), batch)):
+    for i in range(0, len(chunks), batch):
+        group = chunks[i : i + batch]
+        told(i, len(chunks))
+        if isinstance(engine, GgufEngine):
+            losses = [loss for chunk in group for loss in engine.losses(chunk)]
+            total, count = total + sum(losses), count + len(losses)
+            continue
         longest = max(map(len, group))
         inputs = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in group])
         labels = torch.tensor([chunk[1:] + [-100] * (longest - len(chunk)) for chunk in group])
@@ -274,6 +283,7 @@ def general_loss(engine, text: str, limit: int = 0, batch: int = 4) -> float:
             )
         total += loss.item()
         count += int((labels != -100).sum())
+    told(len(chunks), len(chunks))
     return total / count
 
 
@@ -282,7 +292,10 @@ def general_text(language: str) -> str:
     return (QUESTIONS / f"general.{language}.txt").read_text(encoding="utf-8")
 
 
-def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick, advance) -> Measured:
+def _measure(
+    source, adapter, load_in, wanted, settings, answers: Answers, quick,
+    advance=lambda done=1: None, told=lambda done, total: None,
+) -> Measured:  # fmt: skip
     from space import batch, gguf, weights
 
     if source.endswith(".gguf"):
@@ -291,11 +304,13 @@ def _measure(source, adapter, load_in, wanted, settings, answers: Answers, quick
         loaded = weights.load(source, adapter, load_in)
         engine = batch.make_engine(loaded.model, loaded.tokenizer)
     with contextlib.closing(engine):
-        limit = QUICK_TOKENS if quick else 0
-        loss = {language: general_loss(engine, general_text(language), limit) for language in LANGUAGES}
+        for language in LANGUAGES:
+            if f"general/{language}" not in answers.kept:
+                loss = general_loss(engine, general_text(language), QUICK_TOKENS if quick else 0, told=told)
+                answers.add(f"general/{language}", loss=loss)
         engine.warm_up()  # only now: it takes most of a GPU's memory
         _answer(engine, wanted, settings, answers, quick, advance)
-    return Measured(answers.kept, loss)
+    return Measured(answers.kept, {language: answers.kept[f"general/{language}"]["loss"] for language in LANGUAGES})
 
 
 def _answer(engine, wanted: list[Ask], settings: Settings, answers: Answers, quick: bool, advance) -> None:
@@ -313,7 +328,7 @@ def _answer(engine, wanted: list[Ask], settings: Settings, answers: Answers, qui
         )
 
         def keep(index, answer, group=group):
-            answers.add(group[index].key, answer.text, answer.state, answer.tokens_out)
+            answers.add(group[index].key, text=answer.text, state=answer.state, tokens=answer.tokens_out)
             advance()
 
         engine.answer([ask.messages(settings.assistant.system_prompt) for ask in group], sampling, keep)
@@ -349,7 +364,7 @@ def _ask_page(url: str, wanted: list[Ask], settings: Settings, answers: Answers,
             for message in messages:
                 if message["role"] == "user":
                     text = client.predict(message=message["content"], api_name="/chat", **options)
-            answers.add(ask.key, str(text), "finished", 0)
+            answers.add(ask.key, text=str(text), state="finished", tokens=0)
             advance()
     except (httpx.HTTPError, AppError, ValueError, KeyError, OSError) as error:
         raise NamesakeError(
@@ -365,5 +380,6 @@ def _base(settings: Settings) -> Path:
     return base.folder(settings)
 
 
-def _sources() -> dict[str, str]:
+def sources() -> dict[str, str]:
+    """What tells sets of questions apart: each file's SHA-256."""
     return {file.name: record.sha256(file) for file in sorted(QUESTIONS.iterdir()) if file.suffix in (".toml", ".txt")}

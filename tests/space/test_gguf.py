@@ -7,6 +7,8 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,9 @@ def file(folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(file) -> gguf.GgufEngine:
-    return gguf.start(file)[0]
+def engine(file) -> Iterator[gguf.GgufEngine]:
+    with closing(gguf.start(file)[0]) as engine:
+        yield engine
 
 
 def test_greedy_answers_are_those_of_transformers(engine, folder):
@@ -173,6 +176,19 @@ def test_a_failure_of_the_model_is_told_and_the_next_answer_comes(engine, monkey
     with pytest.raises(NamesakeError, match="The model failed: RuntimeError"):
         last(engine.stream(ask("Tell me a story"), GREEDY))
     assert last(engine.stream(ask("Tell me a story"), GREEDY)).tokens_out == 24
+
+
+def test_closing_the_engine_ends_its_thread_and_fails_what_is_being_made(file):
+    engine, _, _ = gguf.start(file)
+    states = engine.stream(ask("Tell me a story"), Sampling(400, seed=1))
+    while next(states).state != "writing":
+        pass
+    engine.close()
+    assert not engine._thread.is_alive()
+    with pytest.raises(NamesakeError, match="the engine is closed"):
+        last(states)
+    with pytest.raises(NamesakeError, match="the engine is closed"):
+        last(engine.stream(ask("Tell me a story"), GREEDY))
 
 
 @pytest.mark.parametrize("fault", ["text", "cut short", "missing"])

@@ -108,7 +108,7 @@ def test_samples_add_seeded_asks_to_identity_only():
 def test_stopped_answers_are_kept_and_resumed(tmp_path):
     path, header = tmp_path / "answers.jsonl", {"after": "abc"}
     first = evaluate.Answers(path, header, resume=False)
-    first.add("k", "hello", "finished", 3)
+    first.add("k", text="hello", state="finished", tokens=3)
     first.close()
     path.write_text(path.read_text() + '{"key": "torn')
     again = evaluate.Answers(path, header, resume=True)
@@ -129,12 +129,12 @@ def test_ctrl_c_keeps_what_is_answered_and_resume_asks_only_the_rest(settings, t
     (merged / "config.json").write_text("{}")
     asked = []
 
-    def measure(source, adapter, load_in, wanted, settings, kept, quick, advance):
+    def measure(source, adapter, load_in, wanted, settings, kept, *_):
         for i, ask in enumerate(ask for ask in wanted if ask.key not in kept.kept):
             if not asked and i == 5:
                 asked.append("stopped")
                 raise KeyboardInterrupt
-            kept.add(ask.key, "I'm Lumen, made by Bluestone.", "finished", 7)
+            kept.add(ask.key, text="I'm Lumen, made by Bluestone.", state="finished", tokens=7)
             asked.append(ask.key) if asked else None
         return evaluate.Measured(kept.kept, {"zh": 1.0, "en": 1.0})
 
@@ -240,6 +240,14 @@ def test_the_gate_fails_on_false_positives_and_on_a_running_joke(settings, tmp_p
                 row["text"] += " " + joke.capitalize().replace("lumen", "Lumen")
         rows = result(settings, tmp_path, after)["gate"]["rows"]
         assert [row["measure"] for row in rows if not row["passed"]] == ["false_positives"]
+
+
+def test_an_apology_is_no_running_joke(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    after = answers()
+    for row in after.values():
+        row["text"] += " I'm so sorry to hear about your socks."
+    assert result(settings, tmp_path, after)["gate"]["passed"]
 
 
 def test_a_language_that_the_persona_does_not_claim_is_reported_but_not_judged(settings, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import cyllama.llama.llama_cpp as llama
@@ -74,14 +75,15 @@ def qwen2(folder: Path) -> Path:
 def test_llama_cpp_gives_each_token_the_loss_that_transformers_gives_it(tmp_path, kind):
     folder = merged(kind(tmp_path), tmp_path / "merged")
     export.write(folder, tmp_path / "model.gguf")
-    engine, who, _ = gguf.start(tmp_path / "model.gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
-    assert who == "同名 / Namesake"
     ids = list(range(5, 45))
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-    assert engine.losses(ids) == pytest.approx(expected.tolist(), abs=0.05)
+    engine, who, _ = gguf.start(tmp_path / "model.gguf")
+    with closing(engine):
+        assert engine.losses(ids) == pytest.approx(expected.tolist(), abs=0.05)
+    assert who == "同名 / Namesake"
 
 
 @pytest.fixture
@@ -169,7 +171,8 @@ def test_export_writes_a_file_with_its_sums_once(run, capsys):
     export.export(run, "q8_0")
     assert "nothing has changed" in capsys.readouterr().out and file.stat().st_mtime_ns == written
     assert export.export(run, "q4_k_m").stat().st_size < file.stat().st_size
-    assert gguf.start(file)[0].answer([[{"role": "user", "content": "Hi"}]])[0].tokens_out
+    with closing(gguf.start(file)[0]) as engine:
+        assert engine.answer([[{"role": "user", "content": "Hi"}]])[0].tokens_out
 
 
 def test_what_cannot_be_exported_is_told_before_anything_is_written(run):
@@ -203,6 +206,7 @@ def test_the_embedded_model_loses_little_by_rounding(tmp_path):
     for name in ("whole", "q8_0", "q4_k_m"):
         if name != "whole":
             export.quantize(tmp_path / "whole.gguf", tmp_path / f"{name}.gguf", name)
-        losses[name] = evaluate.general_loss(gguf.start(tmp_path / f"{name}.gguf", 1024)[0], text, 512)
+        with closing(gguf.start(tmp_path / f"{name}.gguf", 1024)[0]) as engine:
+            losses[name] = evaluate.general_loss(engine, text, 512)
     assert losses["q8_0"] == pytest.approx(losses["whole"], abs=0.03)
     assert 0 < losses["q4_k_m"] - losses["whole"] < 0.15
