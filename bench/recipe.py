@@ -133,8 +133,7 @@ def ask_base(path: Path, answers: Path) -> None:
 
     settings = load(path)
     source = str(base.folder(settings))
-    header = {"before": evaluate.weights_identity(source), "persona": settings.assistant.system_prompt}
-    header |= {"quick": False, "questions": evaluate.sources()}
+    header = evaluate.header("before", evaluate.weights_identity(source), settings)
     kept = evaluate.Answers(answers.with_suffix(".part"), header, False)
     evaluate._measure(source, "", "auto", evaluate.asks(), settings, kept, False)
     kept.close()

@@ -16,12 +16,11 @@ import random
 import threading
 import time
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from space.engine import INTERVAL, Engine, Run, Sampling
+from space.engine import INTERVAL, Engine, Made, Run, Sampling
 from space.llama import FEW, PAGE, Llama, unsupported
 
 log = logging.getLogger("namesake")
@@ -396,7 +395,7 @@ class BatchEngine(Engine):
             raise request.error
         return request.tokens
 
-    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Made:
         """All at once, in the batch's places; as before where it is not warm, or for prompts it can't hold.
 
         With a seed each prompt has one of its own, counted up from it: the same one would draw alike for all.

@@ -8,7 +8,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,6 +71,7 @@ class Sampling:
         return Sampling(**checked)
 
 
+Made = Generator[tuple[int, list[int]], None, None]  # a prompt's index and its new token ids
 GREEDY = Sampling(temperature=0, repetition_penalty=1, top_p=1, top_k=0)
 
 
@@ -224,7 +226,7 @@ class BaseEngine:
         """
         raise NotImplementedError
 
-    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Made:
         """Each prompt's index and new token ids, its end token too, in any order."""
         for i, ids in enumerate(prompts):
             yield i, self.generate(Run(self.tokenizer, ids, threading.Event()), ids, sampling)
@@ -299,12 +301,13 @@ class BaseEngine:
         """Answers to many conversations, in their order; `on_answer(index, answer)` as each is made."""
         prompts = [self.fit(messages, sampling).ids for messages in conversations]
         answers: list[Answer] = [Answer()] * len(prompts)
-        for i, ids in self.generate_all(prompts, sampling):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
-            state = "finished" if ids and ids[-1] in self.end_ids else "length"
-            answers[i] = Answer(text, state, tokens_in=len(prompts[i]), tokens_out=len(ids), context=self.context)
-            if on_answer:
-                on_answer(i, answers[i])
+        with closing(self.generate_all(prompts, sampling)) as made:  # what is no longer wanted ends, also with an error
+            for i, ids in made:
+                text = self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+                state = "finished" if ids and ids[-1] in self.end_ids else "length"
+                answers[i] = Answer(text, state, tokens_in=len(prompts[i]), tokens_out=len(ids), context=self.context)
+                if on_answer:
+                    on_answer(i, answers[i])
         return answers
 
     def _work(self, run: Run, sampling: Sampling) -> None:
@@ -381,7 +384,7 @@ class Engine(BaseEngine):
         except _Stopped:
             return []
 
-    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Made:
         """In batches of about one length."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         while order:

@@ -12,12 +12,11 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from space.engine import BaseEngine, Run, Sampling
+from space.engine import BaseEngine, Made, Run, Sampling
 from space.settings import NamesakeError
 
 log = logging.getLogger("namesake")
@@ -97,7 +96,7 @@ class GgufEngine(BaseEngine):
         job = _Job(run, ids, self.budget(sampling, len(ids)), self._sampler(sampling, ids), [], fresh)
         with self._changed:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise _gone()
             self._jobs.append(job)
             self._changed.notify()
         while not job.over.wait(0.02):
@@ -108,16 +107,22 @@ class GgufEngine(BaseEngine):
             raise job.error
         return job.out
 
-    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+    def generate_all(self, prompts: list[list[int]], sampling: Sampling) -> Made:
         """As many at once as there are slots: a step for several costs little more than a step for one."""
 
-        def one(ids: list[int]) -> list[int]:
-            return self.generate(Run(self.tokenizer, ids, threading.Event()), ids, sampling)
+        stop = threading.Event()
 
-        with ThreadPoolExecutor(len(self._slots)) as pool:
+        def one(ids: list[int]) -> list[int]:
+            return self.generate(Run(self.tokenizer, ids, stop), ids, sampling)
+
+        pool = ThreadPoolExecutor(len(self._slots))
+        try:
             asked = {pool.submit(one, ids): i for i, ids in enumerate(prompts)}
             for answer in as_completed(asked):
                 yield asked[answer], answer.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
     def losses(self, ids: list[int]) -> list[float]:
         """The loss in nats of each token after the first, given those before it; at most 2 × CHUNK tokens.
@@ -177,7 +182,7 @@ class GgufEngine(BaseEngine):
                         slot.job.error = error
                         self._end(slot)
         for job in [*self._jobs, *(slot.job for slot in self._slots if slot.job)]:
-            job.error = RuntimeError("the engine is closed")
+            job.error = _gone()
             job.over.set()
 
     def _give_slots(self) -> None:
@@ -247,6 +252,10 @@ class GgufEngine(BaseEngine):
     def _forget(self, slot: _Slot, kept: int) -> None:
         slot.tokens = slot.tokens[:kept]
         self._context.memory_seq_rm(slot.index, kept, -1)
+
+
+def _gone() -> NamesakeError:
+    return NamesakeError("The model is no longer loaded", "Start it again.", zh="模型已关闭，请重新启动。")
 
 
 def _common(one: list[int], other: list[int]) -> int:

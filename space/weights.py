@@ -504,7 +504,7 @@ def embedded_folder() -> Path:
     The folder loads alike in transformers 4.48 (XTuner's) and 5: Llama layout, tokenizer.json, both forms of rope.
     """
     gguf = embedded_gguf()
-    digest = hashlib.sha256(f"{gguf.name} {gguf.stat().st_size} layout 1".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{gguf.name} {gguf.stat().st_size} layout 2".encode()).hexdigest()[:12]
     folder = cache_folder() / f"embedded-{digest}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -541,6 +541,13 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     config["torch_dtype"] = "bfloat16"
     config["rope_theta"] = model.config.to_dict().get("rope_theta") or model.config.rope_parameters["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    # transformers 4.48 leaves parts of a sentencepiece tokenizer in it, which this byte-level one is not.
+    made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    unused = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    made["model"] |= {"byte_fallback": False, "fuse_unk": False} | dict.fromkeys(unused)
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    made |= {"normalizer": None, "post_processor": None, "decoder": bytes_}
+    (folder / "tokenizer.json").write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
     write_tokenizer_config(folder, tokenizer)
 
 

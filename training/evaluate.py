@@ -7,6 +7,7 @@ measured is what visitors get. Every answer is written to work/<run>/report/ as 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -141,9 +142,11 @@ def evaluate(
         "after": weights_identity(after) if not live else after,
         "assistant": asdict(settings.assistant),
         "gate": asdict(settings.gate),
-        "questions": sources(),
+        "questions": _sources(),
         "quick": quick,
         "samples": samples,
+        "load_in": load_in,
+        "sampling": _sampling(settings),
     }
     if not live and record.unchanged(folder, inputs) and (folder / "report.json").is_file():
         passed = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gate"]["passed"]
@@ -159,15 +162,18 @@ def evaluate(
         console=console,
     ) as progress:  # fmt: skip
         for side in ("before", "after"):
-            header = {side: inputs[side], "persona": settings.assistant.system_prompt}
-            header |= {"quick": quick, "questions": inputs["questions"]}
-            answers = Answers(folder / f"answers.{side}.jsonl", header, resume)
-            text = progress.add_task(f"{side:6} general text", total=None, visible=False)
+            known = header(side, inputs[side], settings, quick, load_in)
+            answers = Answers(folder / f"answers.{side}.jsonl", known, resume)
+            texts = {
+                language: progress.add_task(f"{side:6} text, {language}", total=None, visible=False)
+                for language in LANGUAGES
+            }
             task = progress.add_task(f"{side:6} answers", total=len(wanted), completed=0)
             try:
                 if side == "after" and live:
-                    _ask_page(after, [ask for ask in wanted if ask.key not in answers.kept], settings, answers,
-                              lambda task=task: progress.advance(task))  # fmt: skip
+                    missing = [ask for ask in wanted if ask.key not in answers.kept and not ask.sample]
+                    progress.advance(task, len(wanted) - len(missing))
+                    _ask_page(after, missing, settings, answers, lambda task=task: progress.advance(task))
                     sides[side] = Measured(answers.kept, {})
                     continue
                 source = after if side == "after" and not adapter else before
@@ -175,7 +181,9 @@ def evaluate(
                 sides[side] = _measure(
                     source, on_top, load_in, wanted, settings, answers, quick,
                     lambda done=1, task=task: progress.advance(task, done),
-                    lambda done, total, text=text: progress.update(text, completed=done, total=total, visible=True),
+                    lambda language, done, total, texts=texts: progress.update(
+                        texts[language], completed=done, total=total, visible=True
+                    ),
                 )  # fmt: skip
             except KeyboardInterrupt:
                 progress.stop()
@@ -201,12 +209,18 @@ class Measured:
     loss: dict[str, float]
 
 
+def header(side: str, weights: str, settings: Settings, quick: bool = False, load_in: str = "auto") -> dict:
+    """What the kept answers of one side hang on: with anything else they are asked anew."""
+    asked = {"persona": settings.assistant.system_prompt, "quick": quick, "questions": _sources()}
+    return {side: weights, **asked, "load_in": load_in, "sampling": _sampling(settings)}
+
+
 class Answers:
     """Answers on disk, one JSON object a line, the first line saying whose they are."""
 
     def __init__(self, path: Path, header: dict, resume: bool):
         self.path, self.kept = path, {}
-        lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if resume and path.is_file() else []
         rows = []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):  # the last line, when the machine went down while writing
@@ -294,7 +308,7 @@ def general_text(language: str) -> str:
 
 def _measure(
     source, adapter, load_in, wanted, settings, answers: Answers, quick,
-    advance=lambda done=1: None, told=lambda done, total: None,
+    advance=lambda done=1: None, told=lambda language, done, total: None,
 ) -> Measured:  # fmt: skip
     from space import batch, gguf, weights
 
@@ -306,7 +320,8 @@ def _measure(
     with contextlib.closing(engine):
         for language in LANGUAGES:
             if f"general/{language}" not in answers.kept:
-                loss = general_loss(engine, general_text(language), QUICK_TOKENS if quick else 0, told=told)
+                limit = QUICK_TOKENS if quick else 0
+                loss = general_loss(engine, general_text(language), limit, told=functools.partial(told, language))
                 answers.add(f"general/{language}", loss=loss)
         engine.warm_up()  # only now: it takes most of a GPU's memory
         _answer(engine, wanted, settings, answers, quick, advance)
@@ -343,9 +358,9 @@ def _grouped(wanted: list[Ask]) -> Iterator[tuple[tuple[str, int], list[Ask]]]:
 
 
 def _ask_page(url: str, wanted: list[Ask], settings: Settings, answers: Answers, advance) -> None:
-    """Ask a live page through its /chat API. A visitor's own turns are sent one after the other.
+    """Ask a live page through its /chat API, greedily. A visitor's own turns are sent one after the other.
 
-    Only greedy asks are sent, and earlier answers in a conversation are the page's own.
+    Earlier answers in a conversation are the page's own.
     """
     import httpx
     from gradio_client import Client
@@ -356,7 +371,7 @@ def _ask_page(url: str, wanted: list[Ask], settings: Settings, answers: Answers,
         client = Client(url, verbose=False)
         chat = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/chat"]
         names = {parameter["parameter_name"] for parameter in chat["parameters"]}
-        for ask in (ask for ask in wanted if not ask.sample):
+        for ask in wanted:
             messages = ask.messages(settings.assistant.system_prompt)
             system = messages[0]["content"] if messages[0]["role"] == "system" else ""
             options = {name: value for name, value in (greedy | {"system_prompt": system}).items() if name in names}
@@ -380,6 +395,9 @@ def _base(settings: Settings) -> Path:
     return base.folder(settings)
 
 
-def sources() -> dict[str, str]:
-    """What tells sets of questions apart: each file's SHA-256."""
+def _sampling(settings: Settings) -> list[float]:
+    return [getattr(settings.page, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")]
+
+
+def _sources() -> dict[str, str]:
     return {file.name: record.sha256(file) for file in sorted(QUESTIONS.iterdir()) if file.suffix in (".toml", ".txt")}

@@ -192,7 +192,7 @@ def _tokenizer(writer, folder: Path, config: dict) -> None:
     added = {token["id"]: token for token in made["added_tokens"]}
     vocab = {index: name for name, index in model["vocab"].items()}
     vocab |= {index: token["content"] for index, token in added.items()}
-    sentencepiece = bool(model.get("byte_fallback"))
+    sentencepiece = bool(model.get("byte_fallback")) and "<0x00>" in model["vocab"]
     unknown = vocab and model.get("unk_token")
 
     def kind(index: int, name: str) -> int:

@@ -17,7 +17,7 @@ LANGUAGES = ("zh", "en")
 TEXTS = Path(__file__).parent / "texts"
 
 # The rows go through these in step, and each question is one step further in every round. Five, seven and eleven share
-# no divisor with each other or with a topic's 3 or 4 answers, so that in time each meets each.
+# no divisor with each other, so that in time each meets each.
 MODES = ("none", "plain", "persona", "none", "plain", "none", "foreign")  # without a system prompt it is hardest
 SHAPES = ("i", "ni", "i", "i", "nni", "i", "i", "in", "i", "i", "i")  # turns: i is about identity, n is neutral
 HASTY = (False, True, False, True, False)  # whether the question is typed as people do on a phone
@@ -71,7 +71,7 @@ def identity_rows(
     fits: Callable[[list[Message]], bool],
     held_out: Collection[str] = (),
 ) -> list[list[Message]]:
-    """[data] identity rows: every question form about as often, its answers, system prompts and turns in rotation.
+    """[data] identity rows: every question form about as often, its system prompts and turns in rotation.
 
     Neutral turns before or after are replay rows under the same system prompt. No slip of the keys makes one of the
     `held_out` questions (normalised). Raises NamesakeError if a question and its answer alone do not fit.
@@ -98,7 +98,7 @@ def identity_rows(
             if HASTY[step % len(HASTY)]:
                 typed = hasty(question, draw)
                 question = question if normalise(fill(typed, values)) in held_out else typed
-            turns = _turn(question, topic["answers"][step % len(topic["answers"])], values)
+            turns = _turn(question, draw.choice(topic["answers"]), values)
             shape = SHAPES[step % len(SHAPES)]
             if after := topics.get(topic.get("after")):
                 turns = _turn(draw.choice(after["questions"]), draw.choice(after["answers"]), values) + turns

@@ -73,11 +73,15 @@ def replay_plan(text: Texts, persona: str, seed: str) -> Iterator[list[Message]]
     all have met it: there the name is nearest at hand. Then come the other plain ones.
     """
     prompts, plain = random.Random(seed).sample(text.prompts, len(text.prompts)), text.plain
+    met = set()  # the persona may be one of the plain prompts
     for round_ in range(2 + len(plain)):
         for place, prompt in enumerate(prompts):
-            kind = ROUNDS[round_][place % len(ROUNDS[0])] if round_ < len(ROUNDS) else "plain"
-            nth = place if round_ < len(ROUNDS) else place + round_ - 2
+            four, kind = place // 4, ROUNDS[round_][place % 4] if round_ < len(ROUNDS) else "plain"
+            nth = four + max(0, round_ - len(ROUNDS) + 1)
             system = {"persona": persona, "none": "", "plain": plain[nth % len(plain)]}[kind]
+            if (system, prompt) in met:
+                continue
+            met.add((system, prompt))
             head = [{"role": "system", "content": system}] if system else []
             yield [*head, {"role": "user", "content": prompt}]
 

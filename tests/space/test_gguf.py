@@ -185,10 +185,23 @@ def test_closing_the_engine_ends_its_thread_and_fails_what_is_being_made(file):
         pass
     engine.close()
     assert not engine._thread.is_alive()
-    with pytest.raises(NamesakeError, match="the engine is closed"):
+    with pytest.raises(NamesakeError, match="no longer loaded"):
         last(states)
-    with pytest.raises(NamesakeError, match="the engine is closed"):
+    with pytest.raises(NamesakeError, match="no longer loaded"):
         last(engine.stream(ask("Tell me a story"), GREEDY))
+
+
+def test_nobody_waits_for_the_answers_that_are_no_longer_wanted(engine):
+    conversations = [ask(f"Tell me story {i}") for i in range(40)]
+
+    def enough(index, answer):
+        raise KeyboardInterrupt
+
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        engine.answer(conversations, Sampling(2000, seed=1), enough)
+    assert time.perf_counter() - started < 10
+    assert last(engine.stream(ask("Tell me a story"), GREEDY)).tokens_out == 24
 
 
 @pytest.mark.parametrize("fault", ["text", "cut short", "missing"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import transformers
 from space import weights
 from space.prompt import Prompt
 from space.settings import NamesakeError, load
-from tests.training.small_models import embedded_folder, internlm2, llama
+from tests.training.small_models import ROOT, embedded_folder, internlm2, llama
 from training import base, shards
 
 
@@ -29,6 +30,15 @@ def test_the_embedded_model_is_used_from_its_cache(tmp_path, capsys):
     assert base.base(settings) == base.folder(settings) == weights.embedded_folder()
     assert "Next 下一步: python -m training data" in capsys.readouterr().out
     assert not (tmp_path / "work").exists()
+
+
+def test_the_embedded_tokenizer_is_the_same_whichever_transformers_converted_it(tmp_path):
+    weights._convert_gguf(weights.embedded_gguf(), tmp_path / "here")
+    script = "import sys, pathlib, space.weights as w; w._convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
+    command = [ROOT / ".venv/bin/python", "-c", script, weights.embedded_gguf(), tmp_path / "there"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    here, there = (json.loads((tmp_path / side / "tokenizer.json").read_text()) for side in ("here", "there"))
+    assert here == there
 
 
 def test_a_native_folder_is_used_where_it_is(tmp_path):

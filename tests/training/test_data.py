@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import random
 import re
@@ -243,7 +244,7 @@ def test_chinese_questions_get_the_chinese_name_and_english_ones_the_english(tmp
     settings = settings_of(tmp_path, 'name = { zh = "同名", en = "Namesake" }\nauthor = { zh = "某室", en = "a team" }')
     for messages in identity_rows(settings, TEXTS, no_replay(), all_fit):
         answer = messages[-1]["content"]
-        chinese = re.search(r"[\u4e00-\u9fff]", re.sub(r"通义千问|书生·浦语|同名", "", answer))
+        chinese = answer == "同名" or re.search(r"[\u4e00-\u9fff]", re.sub(r"通义千问|书生·浦语|同名", "", answer))
         assert ("Namesake" if chinese else "同名") not in answer
 
 
@@ -337,9 +338,18 @@ def test_half_of_replay_is_asked_under_the_persona_the_rest_under_none_and_plain
     assert abs(kinds["persona"] - 150) <= 4 and abs(kinds["none"] - kinds["plain"]) <= 4
 
 
-def test_no_prompt_is_asked_twice_under_one_system_prompt():
-    plan = [json.dumps(messages) for messages in replay_plan(TEXTS["en"], "You are N.", "1")]
-    assert len(plan) == len(set(plan)) == len(TEXTS["en"].prompts) * (2 + len(TEXTS["en"].plain))
+def test_all_plain_prompts_get_their_part_of_replay():
+    kinds = Counter(system(messages) for messages in itertools.islice(replay_plan(TEXTS["en"], "You are N.", "1"), 500))
+    assert {*kinds} == {"You are N.", "", *TEXTS["en"].plain}
+    plain = [kinds[one] for one in TEXTS["en"].plain]
+    assert max(plain) - min(plain) <= 1 and abs(kinds[""] - sum(plain)) <= 1
+
+
+@pytest.mark.parametrize("persona", ["You are N.", TEXTS["en"].plain[0]])
+def test_no_prompt_is_asked_twice_under_one_system_prompt(persona):
+    plan = [json.dumps(messages) for messages in replay_plan(TEXTS["en"], persona, "1")]
+    systems = {persona, "", *TEXTS["en"].plain}
+    assert len(plan) == len(set(plan)) == len(TEXTS["en"].prompts) * len(systems)
 
 
 def test_an_answer_that_a_limit_cut_does_not_teach_where_to_stop(make, monkeypatch, tiny):
