@@ -137,17 +137,14 @@ def evaluate(
         )
     folder = settings.work / "report"
     folder.mkdir(parents=True, exist_ok=True)
+    asked = conditions(settings, quick, load_in)
     inputs = {
         "before": weights_identity(before),
         "after": weights_identity(after) if not live else after,
         "assistant": asdict(settings.assistant),
         "gate": asdict(settings.gate),
-        "questions": _sources(),
-        "quick": quick,
         "samples": samples,
-        "load_in": load_in,
-        "sampling": _sampling(settings),
-    }
+    } | asked
     if not live and record.unchanged(folder, inputs) and (folder / "report.json").is_file():
         passed = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gate"]["passed"]
         console.print(f"Evaluated already: {folder / 'report.md'}; gate {'passed' if passed else 'FAILED'}.")
@@ -162,8 +159,7 @@ def evaluate(
         console=console,
     ) as progress:  # fmt: skip
         for side in ("before", "after"):
-            known = header(side, inputs[side], settings, quick, load_in)
-            answers = Answers(folder / f"answers.{side}.jsonl", known, resume)
+            answers = Answers(folder / f"answers.{side}.jsonl", {side: inputs[side]} | asked, resume)
             texts = {
                 language: progress.add_task(f"{side:6} text, {language}", total=None, visible=False)
                 for language in LANGUAGES
@@ -209,10 +205,16 @@ class Measured:
     loss: dict[str, float]
 
 
-def header(side: str, weights: str, settings: Settings, quick: bool = False, load_in: str = "auto") -> dict:
-    """What the kept answers of one side hang on: with anything else they are asked anew."""
-    asked = {"persona": settings.assistant.system_prompt, "quick": quick, "questions": _sources()}
-    return {side: weights, **asked, "load_in": load_in, "sampling": _sampling(settings)}
+def conditions(settings: Settings, quick: bool = False, load_in: str = "auto") -> dict:
+    """What answers hang on beside the weights: under any other they are asked anew."""
+    page = settings.page
+    return {
+        "persona": settings.assistant.system_prompt,
+        "quick": quick,
+        "questions": _sources(),
+        "load_in": load_in,
+        "sampling": [page.temperature, page.top_p, page.top_k, page.repetition_penalty],
+    }
 
 
 class Answers:
@@ -393,10 +395,6 @@ def _base(settings: Settings) -> Path:
     from training import base
 
     return base.folder(settings)
-
-
-def _sampling(settings: Settings) -> list[float]:
-    return [getattr(settings.page, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")]
 
 
 def _sources() -> dict[str, str]:
