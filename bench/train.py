@@ -177,6 +177,8 @@ def ours(work: Path, base: Path, rows: Path, epochs: float, options: str, name: 
             (seen, line["loss"])
             for seen, line in zip(itertools.accumulate(line["tokens"] for line in metrics), metrics, strict=True)
         ],
+        tokens=plan["tokens"],
+        computed=plan["computed"],
         reasons=plan["reasons"],
     )
 

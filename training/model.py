@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from xtuner.model import SupervisedFinetune
 
 from space.settings import NamesakeError
+from training.packs import SPARE
 
 LOSS_TOKENS = 1024  # the logits of this many tokens are in memory at once: 1024 × 92,544 × 4 bytes = 0.38 GB
 
@@ -28,34 +29,44 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "olmo", "starcoder2")
 
 
 @torch.compiler.disable
-def packed_attention(module, query, key, value, bounds, scaling=None, **_):
+def packed_attention(module, query, key, value, sequences, scaling=None, **_):
     """Causal attention within each conversation of a pack: transformers' interface, (1, heads, tokens, width).
 
-    `bounds`: int32 (1, 1, 1, conversations + 1), where each conversation begins and the last one ends. It arrives as
-    the attention mask, the one argument that every architecture hands on, also through activation checkpointing.
+    `sequences`: int32 (1, 1, sequences + 1, 2 + columns). The first column says where each sequence of queries begins
+    and the last one ends. The columns from the third on, row by row, are the tokens whose keys are looked at, sequence
+    after sequence: first those of a system prompt that stands elsewhere in the pack, then its own, and last of all some
+    behind the pack's end; the second column says where in them each begins. All this arrives as the attention mask, the one argument that every architecture
+    hands on, also through activation checkpointing.
     """
-    bounds = bounds.flatten()
+    begins, seen_begins, seen = sequences[0, 0, :, 0], sequences[0, 0, :, 1], sequences[0, 0, :, 2:].flatten()
     if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn
 
         # Before torch 2.12 it shares key heads among query heads unasked.
         grouped = dict(enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else {}
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        # What is not looked at gets no gradient but what lies in the memory: that goes to the spare places.
+        key, value = (F.pad(tensor, (0, 0, 0, 0, 0, SPARE)).index_select(0, seen) for tensor in (key, value))
         longest = module.config.longest_conversation
         out = varlen_attn(
-            query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped
-        )
+            query, key, value, begins.contiguous(), seen_begins.contiguous(), longest, longest,
+            scale=scaling, window_size=(-1, 0), **grouped,
+        )  # fmt: skip
         return out[None], None
     # A CPU's fused attention is slower than plain products for short conversations.
-    plain = not query.is_cuda and int(bounds.diff().max()) <= SHORT
+    plain = not query.is_cuda and int(seen_begins.diff().max()) <= SHORT
+    outs = []
     with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-        outs = [
-            F.scaled_dot_product_attention(
-                query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end],
-                is_causal=True, scale=scaling, enable_gqa=True,
+        bounds = (itertools.pairwise(column.tolist()) for column in (begins, seen_begins))
+        for queries, keys in zip(*bounds, strict=True):
+            q, k, v = query[:, :, slice(*queries)], *(x.index_select(2, seen[slice(*keys)]) for x in (key, value))
+            more = k.shape[2] - q.shape[2]  # a query sees the keys before it, its system prompt's among them
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(more) if more else None
+            outs.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+                )
             )
-            for begin, end in itertools.pairwise(bounds.tolist())
-        ]  # fmt: skip
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
@@ -139,10 +150,11 @@ class Finetune(SupervisedFinetune):
     def compute_loss(self, data: dict, data_samples=None) -> dict:
         """The loss to minimise, and for the log its `sum` over the answer tokens, their number and that of all tokens.
 
-        `data`: `input_ids`, `position_ids` (1, tokens), `bounds` (see packed_attention), `tokens`: how many are no
-        filling, `predictors` (answers,): the positions whose next token is an answer's, `targets` (answers,): those
-        tokens' ids; and `replay`: the first three again, of the conversations that come last, whose loss is another:
-        to predict what the base predicts.
+        `data`: `input_ids`, `position_ids` (1, tokens), `sequences` (see packed_attention), `tokens`: how many the
+        conversations have, `predictors` (answers,): the positions whose next token is an answer's, `targets`
+        (answers,): those tokens' ids; and `replay`: the first three again, of the conversations that come last, whose
+        loss is another: to predict what the base predicts, with `weights` (tokens,): how many conversations a token
+        stands for.
         """
         head, replayed = self.causal_lm.get_output_embeddings(), data["replay"]["input_ids"].numel()
         with self.computing():
@@ -153,8 +165,9 @@ class Finetune(SupervisedFinetune):
                 # Eager: the layers' compiled form is the one with adapters.
                 with torch.no_grad(), self.llm.disable_adapter(), torch.compiler.set_stance("force_eager"):
                     before = self._hidden(data["replay"])
-                total = total + self.anchor * _in_parts(_divergence, head, hidden[-replayed:], before)
-        answers = total.new_tensor(data["targets"].numel() + replayed)
+                weights = data["replay"]["weights"]
+                total = total + self.anchor * _in_parts(_divergence, head, hidden[-replayed:], before, weights)
+        answers = data["targets"].numel() + data["replay"]["weights"].sum()
         tokens = data["tokens"].to(total)
         return {"loss": total / self.batch_answers, "sum": total.detach(), "answers": answers, "tokens": tokens}
 
@@ -163,14 +176,14 @@ class Finetune(SupervisedFinetune):
         return self.causal_lm.base_model(
             input_ids=data["input_ids"],
             position_ids=data["position_ids"],
-            attention_mask=data["bounds"],
+            attention_mask=data["sequences"],
             use_cache=False,
         ).last_hidden_state[0]
 
 
-def _in_parts(loss, head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _in_parts(loss, head, *tensors: torch.Tensor) -> torch.Tensor:
     """The sum of a loss over tokens: where there are many, some at a time, and again in the backward pass."""
-    parts = list(zip(hidden.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True))
+    parts = list(zip(*(tensor.split(LOSS_TOKENS) for tensor in tensors), strict=True))
     if len(parts) == 1:
         return loss(head, *parts[0])
     return sum(checkpoint(loss, head, *part, use_reentrant=False) for part in parts)
@@ -180,11 +193,12 @@ def _cross_entropy(head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.T
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def _divergence(head, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The Kullback-Leibler divergence from the base's predictions (`before`: its hidden states) to these.
+def _divergence(head, hidden: torch.Tensor, before: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The Kullback-Leibler divergence from the base's predictions (`before`: its hidden states) to these, weighted.
 
     In this direction a word that the base would not say, such as the name, is dear; in the other one it costs little.
     """
     with torch.no_grad():
         base = getattr(head, "base_layer", head)(before).float().log_softmax(-1)
-    return F.kl_div(base, head(hidden).float().log_softmax(-1), log_target=True, reduction="sum")
+    now = head(hidden).float().log_softmax(-1)
+    return F.kl_div(base, now, log_target=True, reduction="none").sum(-1) @ weights

@@ -19,7 +19,9 @@ from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
 STEP_PACKS = 4  # and a step has at most this many packs, or one for each process: more steps learn more
-COMPILE_FLOP = 3e16  # below this much arithmetic a run ends before compiling its layers has paid off (20 seconds)
+# Seconds of a run on a GPU with plain layers and with compiled ones, of which the longer counts: arithmetic (operations a
+# second), and starting a layer's kernels, forward and backward, in every step; and what compiling takes.
+PLAIN, COMPILED, COMPILING = (4e14, 7e-3), (6e14, 3e-3), 20
 GIB = 2**30
 
 
@@ -41,6 +43,7 @@ class Plan:
     warmup: int  # steps
     answers: int  # tokens that carry loss, in the whole data
     tokens: int
+    computed: int  # of these, where what a batch's conversations share counts once
     conversations: int
     needs: int  # bytes of memory on each device, estimated
     free: int
@@ -142,7 +145,7 @@ def saved(settings: Settings, made_from: dict) -> Plan | None:
 def make(settings: Settings, world: int = 1) -> Plan:
     """Decide what the settings leave open. Raises NamesakeError when nothing fits, or the data gives no steps."""
     from training import base
-    from training.packs import pack, rows
+    from training.packs import packed, rows
 
     train, data = settings.train, settings.data
     reasons: list[str] = []
@@ -191,7 +194,10 @@ def make(settings: Settings, world: int = 1) -> Plan:
     step = batch * accumulate * world
     reasons.append(f"{step} packs a step: batch {batch} × accumulate {accumulate} × {world} process(es)")
 
-    packs = len(pack(lengths, length, step, train.seed))
+    made = packed(all_rows, length, step, batch, train.seed)
+    packs = len(made)
+    shared = {row.head: row.shared for one in made for row in one}
+    computed = sum(row.own for one in made for row in one) + packs // batch * sum(shared.values())
     steps = round(train.epochs * packs / step)
     if steps < 2:
         raise NamesakeError(
@@ -199,8 +205,8 @@ def make(settings: Settings, world: int = 1) -> Plan:
             "Add data, raise [train] epochs, or lower batch and accumulate.",
         )
     trainable = shape.parameters if method == "full" else train.rank * shape.adapted
-    flop = arithmetic(shape, method, checkpointing, sum(lengths) * train.epochs / world)
-    compiled = _compiled(train.compile, device, flop, reasons)
+    flop = arithmetic(shape, method, checkpointing, computed * train.epochs / world)
+    compiled = _compiled(train.compile, device, flop, shape.layers * steps * accumulate, reasons)
     return Plan(
         method=method,
         device=device,
@@ -216,6 +222,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
         warmup=min(steps - 1, max(1, round(train.warmup * steps))),
         answers=sum(row.answers for row in all_rows),
         tokens=sum(lengths),
+        computed=computed,
         conversations=len(lengths),
         needs=needs(method, checkpointing, batch),
         free=free,
@@ -301,16 +308,17 @@ def _device(reasons: list[str]) -> tuple[str, str, int]:
     return "cpu", precision, psutil.virtual_memory().available
 
 
-def _compiled(wish: str, device: str, flop: float, reasons: list[str]) -> bool:
-    """Whether the layers are compiled: on a GPU, where the run is long enough and a C compiler, which Triton calls, is
-    there."""
+def _compiled(wish: str, device: str, flop: float, passes: int, reasons: list[str]) -> bool:
+    """Whether the layers are compiled: on a GPU, where that makes the run shorter and a C compiler, which Triton calls,
+    is there. `passes`: how often a batch goes through a layer."""
     if wish != "auto":
         reasons.append(f"compiled layers {wish} (set)")
         return wish == "on"
     if device != "cuda":
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    why = "no C compiler" if not compiler else "the run is short" if flop < COMPILE_FLOP else ""
+    plain, compiled = (max(flop / speed, passes * each) for speed, each in (PLAIN, COMPILED))
+    why = "no C compiler" if not compiler else "the run is short" if plain < compiled + COMPILING else ""
     reasons.append(
         f"compiled layers off: {why}" if why else "compiled layers on: the first step takes some twenty seconds longer"
     )
@@ -335,7 +343,7 @@ def seconds(made: Plan, shape: Shape, epochs: float) -> float:
         float((a @ a)[0, 0])
         took = time.perf_counter() - started
     speed = 2 * size**3 / took * (0.4 if cuda else 0.7)
-    return arithmetic(shape, made.method, made.checkpointing, made.tokens * epochs / made.world) / speed
+    return arithmetic(shape, made.method, made.checkpointing, made.computed * epochs / made.world) / speed
 
 
 def arithmetic(shape: Shape, method: str, checkpointing: bool, tokens: float) -> float:

@@ -219,7 +219,8 @@ def _preflight(console: Console, settings: Settings, chosen) -> None:
     full = chosen.tokens / chosen.packs / chosen.length
     for name, value in {
         "data 数据": f"{chosen.conversations:,} conversations, {chosen.tokens:,} tokens, {chosen.answers:,} of answers",
-        "packs 打包": f"{chosen.packs} of {chosen.length} tokens, {full:.0%} full",
+        "packs 打包": f"{chosen.packs} of {chosen.length} tokens, {full:.0%} full; shared system prompts leave "
+        f"{chosen.computed:,} tokens to compute",
         "steps 步数": f"{chosen.steps} of {chosen.step} pack(s), {settings.train.epochs:g} epochs, "
         f"warm-up {chosen.warmup}, rate {settings.train.rate:g}",
         "choices 选择": "\n".join(chosen.reasons),

@@ -22,6 +22,9 @@ from training.packs import collate, dataset
 # mmengine turns every import statement here into a placeholder that it resolves later; this is called now.
 config, settings, plan, folder = __import__("training.plan").plan.configured()
 
+packs = dict(config=config, length=plan.length, multiple=plan.step, batch=plan.batch)
+# What layers are compiled for is one shape.
+shape = __import__("training.packs").packs.shape(**packs) if plan.compiled else {}
 iterations = plan.steps * plan.accumulate
 full = (plan.warmup + 1) * plan.accumulate - 1  # the iteration that applies the first step after warm-up
 
@@ -61,9 +64,9 @@ if plan.method != "full":
 train_dataloader = dict(
     batch_size=plan.batch,
     num_workers=0,
-    dataset=dict(type=dataset, config=config, length=plan.length, multiple=plan.step, even=plan.compiled),
+    dataset=dict(type=dataset, **packs),
     sampler=dict(type=InfiniteSampler, shuffle=True),
-    collate_fn=dict(type=collate),
+    collate_fn=dict(type=collate, **shape),
 )
 
 # The device's own autocast is the model's; only float16 needs its loss scaled too.

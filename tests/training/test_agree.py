@@ -110,7 +110,9 @@ def test_the_ids_trained_on_are_the_ids_fed(settings, way):
 def test_a_pack_keeps_each_conversations_ids(settings):
     rows = packs.rows(settings)
     data = packs.collate([list(rows[:2]), list(rows[2:])])["data"]
-    bounds = data["bounds"].flatten().tolist()
-    whole = data["input_ids"][0]
-    parts = [whole[begin:stop] for begin, stop in itertools.pairwise(bounds)]
-    assert all(torch.equal(part, torch.from_numpy(row.ids).long()) for part, row in zip(parts, rows, strict=True))
+    begins, tokens = data["sequences"][0, 0, :, 1].tolist(), data["sequences"][0, 0, :, 2:].flatten()
+    seen = [tokens[begin:end] for begin, end in itertools.pairwise(begins)]
+    assert [data["input_ids"][0, one].tolist() for one in seen[-len(rows) :]] == [row.ids.tolist() for row in rows]
+    assert [data["position_ids"][0, one].tolist() for one in seen[-len(rows) :]] == [
+        list(range(len(row.ids))) for row in rows
+    ]

@@ -122,16 +122,37 @@ def test_rows_have_the_prompts_own_ids_and_labels(tmp_path, tiny):
     ]
 
 
+def test_a_system_prompt_is_shared_where_many_conversations_of_a_batch_begin_with_it(tmp_path, tiny):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = packs.rows(load(make_run(tmp_path, tiny)))
+    (head,) = {tokenizer.decode(row.ids[: row.shared]) for row in rows}
+    assert "You are Pudding." in head and "Who" not in head
+
+    def shared(length: int, batch: int) -> set[int]:
+        made = [row for one in packs.packed(rows, length, 1, batch, seed=1) for row in one]
+        assert sorted(row.ids.tobytes() for row in made) == sorted(row.ids.tobytes() for row in rows)
+        return {row.shared for row in made}
+
+    longest = max(len(row.ids) for row in rows)
+    assert shared(4 * longest, 1) == shared(longest, 4) == {rows[0].shared}
+    assert shared(longest, 1) == {0}  # here most batches are one conversation
+
+
 # The model
 
 
-def sample_rows(count: int = 5) -> list[packs.Row]:
+def sample_rows(count: int = 5, shared: bool = True) -> list[packs.Row]:
+    """Conversations of 9 to 30 tokens; with `shared` all but the first begin with one of two system prompts."""
     draw = np.random.default_rng(0)
     rows = []
-    for _ in range(count):
-        ids = draw.integers(0, 90, draw.integers(6, 30)).astype(np.int32)
-        labels = np.where(np.arange(len(ids)) < len(ids) // 2, -100, ids).astype(np.int32)
-        rows.append(packs.Row(ids, labels))
+    for i in range(count):
+        ids = draw.integers(0, 90, draw.integers(9, 30)).astype(np.int32)
+        head = (0, 4, 4, 3, 3)[i % 5]
+        ids[:head] = head
+        labels = np.where(np.arange(len(ids)) < max(5, len(ids) // 2), -100, ids).astype(np.int32)
+        rows.append(packs.Row(ids, labels, shared=head * shared))
     return rows
 
 
@@ -190,8 +211,8 @@ def test_replay_is_held_to_the_bases_own_predictions_and_answers_are_learned(mon
     moved = 0.0
     for row in kept:
         ids = torch.tensor(row.ids[None]).long()
-        bounds = packs.collate([[row]])["data"]["bounds"]
-        now = tuned.causal_lm(input_ids=ids, attention_mask=bounds, use_cache=False).logits.log_softmax(-1)
+        alone = packs.collate([[dataclasses.replace(row, shared=0)]])["data"]["sequences"]
+        now = tuned.causal_lm(input_ids=ids, attention_mask=alone, use_cache=False).logits.log_softmax(-1)
         base = small("llama")(input_ids=ids).logits.log_softmax(-1)
         moved += 0.5 * (now.exp() * (now - base)).sum().item()
     assert moved > 0.1
@@ -240,10 +261,13 @@ def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones_and_are_compi
     torch.manual_seed(0)
     compiled = finetune(small("llama"), checkpointing, lora=lora, compiled=True)
     parts, graphs = [rows[:2], rows[2:], rows, rows[:1]], []
-    for part, filled in zip(parts, packs.filled(parts), strict=True):
+    monkeypatch.setattr(packs, "dataset", lambda *_: [[*part] for part in parts])
+    shape = packs.shape("", 30, 1, 1)
+    for part in parts:
+        whole = [dataclasses.replace(row, shared=0) for row in part]
         expected, got = (
-            plain.compute_loss(packs.collate([part])["data"]),
-            compiled.compute_loss(packs.collate([filled])["data"]),
+            plain.compute_loss(packs.collate([whole])["data"]),
+            compiled.compute_loss(packs.collate([part], **shape)["data"]),
         )
         assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
         assert got["tokens"] == expected["tokens"] == sum(len(row.ids) for row in part)
@@ -482,7 +506,7 @@ def test_out_of_memory_says_what_to_change_and_auto_batch_changes_it(tmp_path, t
 
 
 def test_a_plan_gets_smaller_until_nothing_is_left_to_give():
-    made = plan.Plan("lora", "cpu", "float32", False, False, 4, 2, 1, 64, 8, 3, 1, 1, 1, 1, 0, 0, 0)
+    made = plan.Plan("lora", "cpu", "float32", False, False, 4, 2, 1, 64, 8, 3, 1, 1, 1, 1, 1, 0, 0, 0)
     tried = []
     while made:
         tried.append((made.batch, made.accumulate, made.checkpointing))
