@@ -35,8 +35,8 @@ def packed_attention(module, query, key, value, sequences, scaling=None, **_):
     `sequences`: int32 (1, 1, sequences + 1, 2 + columns). The first column says where each sequence of queries begins
     and the last one ends. The columns from the third on, row by row, are the tokens whose keys are looked at, sequence
     after sequence: first those of a system prompt that stands elsewhere in the pack, then its own, and last of all some
-    behind the pack's end; the second column says where in them each begins. All this arrives as the attention mask, the one argument that every architecture
-    hands on, also through activation checkpointing.
+    behind the pack's end; the second column says where in them each begins. All this arrives as the attention mask, the
+    one argument that every architecture hands on, also through activation checkpointing.
     """
     begins, seen_begins, seen = sequences[0, 0, :, 0], sequences[0, 0, :, 1], sequences[0, 0, :, 2:].flatten()
     if query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0):
@@ -103,7 +103,7 @@ class Finetune(SupervisedFinetune):
     the sum over all answer tokens divided by this constant, the mean number of answer tokens in a device's batch. Every
     answer token then weighs the same, however a global batch is divided into devices, batches and accumulation.
     `anchor`: the weight of the loss on replay, which is the divergence from the base's own predictions.
-    `compiled`: each layer's arithmetic in fewer, larger kernels (torch.compile), for packs of one length.
+    `compiled`: each layer's arithmetic in fewer, larger kernels (torch.compile), for batches of one shape.
     """
 
     def __init__(

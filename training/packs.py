@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -90,7 +89,8 @@ def _rows(path: Path, modified: int, base: Path, anchored: bool) -> tuple[Row, .
     def beginning(system: str) -> list[int]:
         """The tokens that every conversation under this system prompt begins with."""
         head = [{"role": "system", "content": system}] if system else []
-        return os.path.commonprefix([prompt.encode([*head, {"role": "user", "content": x}]).ids for x in "a?"])
+        asked = zip(*(prompt.encode([*head, {"role": "user", "content": one}]).ids for one in "a?"), strict=False)
+        return [one for one, _ in itertools.takewhile(lambda both: both[0] == both[1], asked)]
 
     found = []
     for messages in conversations(path):
@@ -143,9 +143,7 @@ def packed(rows: tuple[Row, ...], length: int, multiple: int, batch: int, seed: 
     """
     count = len(pack([len(row.ids) for row in rows], length, multiple, seed))
     batches, heads = count / batch, Counter(row.head for row in rows)
-    rows = [
-        row if (heads[row.head] / batches - 1) * row.shared >= WORTH else replace(row, shared=0) for row in rows
-    ]
+    rows = [row if (heads[row.head] / batches - 1) * row.shared >= WORTH else replace(row, shared=0) for row in rows]
     return [[rows[i] for i in one] for one in _spread([row.own for row in rows], count, seed)]
 
 
@@ -216,8 +214,7 @@ def _laid_out(rows: list[Row], keys: int = 0) -> dict:
     spans = [np.arange(*bound) for bound in itertools.pairwise(bounds)]
     shared = {row.ids.tobytes(): span for row, span in zip(rows, spans, strict=True) if not row.shared}
     seen = [
-        np.concatenate([shared[row.head], span]) if row.shared else span
-        for row, span in zip(rows, spans, strict=True)
+        np.concatenate([shared[row.head], span]) if row.shared else span for row, span in zip(rows, spans, strict=True)
     ]
     whole = np.concatenate(seen or [[]])
     columns = -(-max(keys, len(whole)) // len(bounds))

@@ -19,9 +19,9 @@ from training import record
 
 STEPS = 100  # a run should have at least this many steps, where the data allows it: fewer, larger ones learn less
 STEP_PACKS = 4  # and a step has at most this many packs, or one for each process: more steps learn more
-# Seconds of a run on a GPU with plain layers and with compiled ones, of which the longer counts: arithmetic (operations a
-# second), and starting a layer's kernels, forward and backward, in every step; and what compiling takes.
-PLAIN, COMPILED, COMPILING = (4e14, 7e-3), (6e14, 3e-3), 20
+# What bounds a run on a GPU, with plain layers and with compiled ones: arithmetic (operations a second), or starting a
+# layer's kernels, forward and backward (seconds); and what compiling takes. From docs/benchmarks.md, "Training".
+PLAIN, COMPILED, COMPILING = (4e14, 7.5e-3), (6e14, 6.5e-3), 20
 GIB = 2**30
 
 
