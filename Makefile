@@ -23,7 +23,7 @@ demo: .venv/ready .venv-training/ready
 test: system .venv/tests .venv-oldest/ready .venv-training/ready
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/python tests/fetch_tokenizers.py
-	@.venv/$(PYTEST) -n 4 tests/space tests/publish --ignore tests/space/test_page.py
+	@.venv/$(PYTEST) -n 3 tests/space tests/publish --ignore tests/space/test_page.py
 	@.venv-training/$(PYTEST) -n 3 tests/training
 	@$(MAKE) --no-print-directory test-page
 

@@ -525,22 +525,28 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import transformers
 
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    # transformers 4.48 warns here, and says itself that a GGUF's tokenizer is not concerned.
-    logging.getLogger("transformers.models.llama.tokenization_llama_fast").setLevel(logging.ERROR)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     # transformers 5.23 would keep the weights packed; 4.48 has no such option and unpacks them anyway.
     packed = hasattr(transformers, "GgufConfig")
     dtype = {"dtype" if packed else "torch_dtype": torch.bfloat16}
     unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, **unpack, **dtype)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
     config = json.loads((folder / "config.json").read_text())
     config.pop("_model_name_or_path", None)
     config["torch_dtype"] = "bfloat16"
     config["rope_theta"] = model.config.to_dict().get("rope_theta") or model.config.rope_parameters["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    convert_gguf_tokenizer(gguf, folder)
+
+
+def convert_gguf_tokenizer(gguf: Path, folder: Path) -> None:
+    """Write the embedded model's tokenizer.json and tokenizer_config.json, the same with any transformers."""
+    import transformers
+
+    # transformers 4.48 warns here, and says itself that a GGUF's tokenizer is not concerned.
+    logging.getLogger("transformers.models.llama.tokenization_llama_fast").setLevel(logging.ERROR)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)
     # transformers 4.48 leaves parts of a sentencepiece tokenizer in it, which this byte-level one is not.
     made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     unused = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")

@@ -46,7 +46,9 @@ def packed_attention(module, query, key, value, sequences, scaling=None, **_):
         grouped = dict(enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else {}
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         # What is not looked at gets no gradient but what lies in the memory: that goes to the spare places.
-        key, value = (F.pad(tensor, (0, 0, 0, 0, 0, SPARE)).index_select(0, seen) for tensor in (key, value))
+        key, value = (F.pad(tensor, (0, 0, 0, 0, 0, SPARE)) for tensor in (key, value))
+        # In float32, since a shared token's gradient is the sum of many.
+        key, value = (tensor.float().index_select(0, seen).to(tensor.dtype) for tensor in (key, value))
         longest = module.config.longest_conversation
         out = varlen_attn(
             query, key, value, begins.contiguous(), seen_begins.contiguous(), longest, longest,
@@ -55,11 +57,12 @@ def packed_attention(module, query, key, value, sequences, scaling=None, **_):
         return out[None], None
     # A CPU's fused attention is slower than plain products for short conversations.
     plain = not query.is_cuda and int(seen_begins.diff().max()) <= SHORT
-    outs = []
+    outs, dtype, key, value = [], query.dtype, key.float(), value.float()
     with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
         bounds = (itertools.pairwise(column.tolist()) for column in (begins, seen_begins))
         for queries, keys in zip(*bounds, strict=True):
-            q, k, v = query[:, :, slice(*queries)], *(x.index_select(2, seen[slice(*keys)]) for x in (key, value))
+            q, at = query[:, :, slice(*queries)], seen[slice(*keys)]
+            k, v = (tensor.index_select(2, at).to(dtype) for tensor in (key, value))
             more = k.shape[2] - q.shape[2]  # a query sees the keys before it, its system prompt's among them
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(more) if more else None
             outs.append(
@@ -201,4 +204,4 @@ def _divergence(head, hidden: torch.Tensor, before: torch.Tensor, weights: torch
     with torch.no_grad():
         base = getattr(head, "base_layer", head)(before).float().log_softmax(-1)
     now = head(hidden).float().log_softmax(-1)
-    return F.kl_div(base, now, log_target=True, reduction="none").sum(-1) @ weights
+    return F.kl_div(base, now, log_target=True, reduction="none").sum(-1).mul(weights).sum()

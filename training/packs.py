@@ -1,7 +1,8 @@
 """Conversations → packs: whole conversations side by side, none cut, as even as they can be.
 
 A system prompt that many conversations begin with is computed once for all of them in a batch: attention looks back
-only, so that its tokens come out the same whatever follows, and the loss and its gradients are the same too.
+only, so that its tokens come out the same whatever follows, and the loss and its gradients are the same too. (With
+dropout they are drawn once for all of them, too.)
 """
 
 from __future__ import annotations
@@ -137,14 +138,22 @@ def _spread(lengths: list[int], count: int, seed: int) -> list[list[int]]:
 
 
 def packed(rows: tuple[Row, ...], length: int, multiple: int, batch: int, seed: int) -> list[list[Row]]:
-    """As many packs as `pack` makes of the rows' lengths, with as many tokens to compute in each.
+    """As many packs as `pack` makes, their rows spread so that each has about equally many tokens that are not shared.
 
     `batch`: packs that a device computes at once. A system prompt is shared where that saves WORTH tokens a batch.
     """
     count = len(pack([len(row.ids) for row in rows], length, multiple, seed))
-    batches, heads = count / batch, Counter(row.head for row in rows)
-    rows = [row if (heads[row.head] / batches - 1) * row.shared >= WORTH else replace(row, shared=0) for row in rows]
-    return [[rows[i] for i in one] for one in _spread([row.own for row in rows], count, seed)]
+    heads = Counter(row.head for row in rows)
+
+    def sharing(together: int) -> list[Row]:
+        """The rows, where so many packs share."""
+        many = {head for head, times in heads.items() if (times * together / count - 1) * len(head) / 4 >= WORTH}
+        return [row if row.head in many else replace(row, shared=0) for row in rows]
+
+    # What is learned together depends on the step alone, not on how a step is divided into batches.
+    spread = _spread([row.own for row in sharing(multiple)], count, seed)
+    rows = sharing(batch)
+    return [[rows[i] for i in one] for one in spread]
 
 
 def dataset(config: str, length: int, multiple: int, batch: int) -> list[list[Row]]:
@@ -156,7 +165,10 @@ def dataset(config: str, length: int, multiple: int, batch: int) -> list[list[Ro
 
 
 def shape(config: str, length: int, multiple: int, batch: int) -> dict[str, int]:
-    """The shape that any `batch` packs of `dataset` can be filled up to, as arguments of `collate`."""
+    """A shape that any `batch` packs of `dataset` can be filled up to, for `collate`.
+
+    Its `tokens`, `sequences` and `keys` to look at, and `longest`: the most tokens in a sequence, of filling too.
+    """
     packs = dataset(config, length, multiple, batch)
     heads = {row.head: row.shared for one in packs for row in one}
     tokens = sum(heads.values()) + batch * max(sum(row.own for row in one) for one in packs)
@@ -168,11 +180,11 @@ def shape(config: str, length: int, multiple: int, batch: int) -> dict[str, int]
     }
 
 
-def collate(batch: list[list[Row]], tokens: int = 0, sequences: int = 0, keys: int = 0, longest: int = 0) -> dict:
+def collate(batch: list[list[Row]], shape: dict[str, int] | None = None) -> dict:
     """A batch of packs as one long pack, replay last, in the form of `training.model.Finetune.compute_loss`.
 
-    What rows share stands before them as a sequence of its own. With `shape`'s arguments filling, from which nothing is
-    learned, makes all batches one shape.
+    What rows share stands before them as a sequence of its own. With a `shape` filling, from which nothing is learned,
+    makes all batches one shape.
     """
     import torch
 
@@ -184,14 +196,15 @@ def collate(batch: list[list[Row]], tokens: int = 0, sequences: int = 0, keys: i
     weights += [np.ones(row.own) for row in kept]
     learned, kept = [*map(_alone, of_learned), *learned], [*map(_alone, of_kept), *kept]
 
-    missing = tokens - sum(row.own for row in learned + kept)
-    filling = [_alone(bytes(4 * min(longest, missing - at))) for at in range(0, missing, longest or 1)]
-    filling += [_alone(b"")] * (sequences - len(learned + kept + filling))
-    learned = filling + learned
+    if shape:
+        missing, longest = shape["tokens"] - sum(row.own for row in learned + kept), shape["longest"]
+        filling = [_alone(bytes(4 * min(longest, missing - at))) for at in range(0, missing, longest)]
+        filling += [_alone(b"")] * (shape["sequences"] - len(learned + kept + filling))
+        learned = filling + learned
     labels = np.concatenate([row.labels[row.shared :] for row in learned] or [[IGNORED]])
     # A sequence's first token is never an answer's, so no token is predicted from the sequence before.
     answers = np.flatnonzero(labels[1:] != IGNORED)
-    data = _laid_out(learned + kept, keys) | {
+    data = _laid_out(learned + kept, shape["keys"] if shape else 0) | {
         "tokens": torch.tensor(sum(len(row.ids) for row in together)),
         "predictors": torch.from_numpy(answers),
         "targets": torch.from_numpy(labels[answers + 1].astype(np.int64)),
@@ -207,7 +220,11 @@ def _alone(head: bytes) -> Row:
 
 
 def _laid_out(rows: list[Row], keys: int = 0) -> dict:
-    """The model's inputs for rows one after the other, those among them that others share: see `packed_attention`."""
+    """The model's inputs for rows one after the other; what is shared stands among them as a row of its own.
+
+    Where sequences begin and which keys they look at is one table, for only one mask reaches the layers: see
+    `training.model.packed_attention`.
+    """
     import torch
 
     bounds = np.cumsum([0, *(row.own for row in rows)])

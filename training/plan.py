@@ -21,7 +21,7 @@ STEPS = 100  # a run should have at least this many steps, where the data allows
 STEP_PACKS = 4  # and a step has at most this many packs, or one for each process: more steps learn more
 # What bounds a run on a GPU, with plain layers and with compiled ones: arithmetic (operations a second), or starting a
 # layer's kernels, forward and backward (seconds); and what compiling takes. From docs/benchmarks.md, "Training".
-PLAIN, COMPILED, COMPILING = (4e14, 7.5e-3), (6e14, 6.5e-3), 20
+PLAIN, COMPILED, COMPILING = (3.5e14, 7.5e-3), (4.9e14, 6.5e-3), 20
 GIB = 2**30
 
 
@@ -37,13 +37,13 @@ class Plan:
     batch: int
     accumulate: int
     world: int
-    length: int  # the most tokens in a pack
+    length: int  # the most tokens in a pack, and in a conversation
     packs: int
     steps: int
     warmup: int  # steps
     answers: int  # tokens that carry loss, in the whole data
     tokens: int
-    computed: int  # of these, where what a batch's conversations share counts once
+    computed: int  # of these at most, where what a batch's conversations share counts once
     conversations: int
     needs: int  # bytes of memory on each device, estimated
     free: int
@@ -238,7 +238,8 @@ def memory(
 
     The bytes a layer keeps for a token's backward pass were counted with autograd's saved-tensor hooks on Llama layers
     with adapters on every linear layer: 4.2 × the MLP's width, 10 × the hidden width and 2 × that of keys and values,
-    times the bytes of a number. A CPU's plain attention keeps some more (training/model.py, SHORT), not counted here.
+    times the bytes of a number. A CPU's plain attention keeps some more (training/model.py, SHORT), and where a batch
+    shares system prompts it is less: neither is counted here.
     """
     size = 4 if precision == "float32" else 2
     weights = {
@@ -332,7 +333,8 @@ def free_disk(settings: Settings) -> int:
 
 
 def seconds(made: Plan, shape: Shape, epochs: float) -> float:
-    """A rough estimate of the run's time: its arithmetic at 0.4 (CPU: 0.7) of the speed of a matrix product here."""
+    """A rough estimate of the run's time: its arithmetic at 0.4 (CPU: 0.7) of the speed of a matrix product here, or
+    on a GPU, where that takes longer, starting its kernels."""
     import torch
 
     cuda = made.device == "cuda"
@@ -343,7 +345,9 @@ def seconds(made: Plan, shape: Shape, epochs: float) -> float:
         float((a @ a)[0, 0])
         took = time.perf_counter() - started
     speed = 2 * size**3 / took * (0.4 if cuda else 0.7)
-    return arithmetic(shape, made.method, made.checkpointing, made.computed * epochs / made.world) / speed
+    took = arithmetic(shape, made.method, made.checkpointing, made.computed * epochs / made.world) / speed
+    each = (COMPILED if made.compiled else PLAIN)[1] if cuda else 0
+    return max(took, shape.layers * made.steps * made.accumulate * each) + COMPILING * made.compiled
 
 
 def arithmetic(shape: Shape, method: str, checkpointing: bool, tokens: float) -> float:

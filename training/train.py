@@ -217,10 +217,10 @@ def _preflight(console: Console, settings: Settings, chosen) -> None:
     took = plan.seconds(chosen, plan.read_shape(base.folder(settings), settings.train.targets), settings.train.epochs)
     table = Table(title="train 训练", show_header=False, title_justify="left")
     full = chosen.tokens / chosen.packs / chosen.length
+    shared = f"; shared system prompts leave {chosen.computed:,} to compute" * (chosen.computed < chosen.tokens)
     for name, value in {
         "data 数据": f"{chosen.conversations:,} conversations, {chosen.tokens:,} tokens, {chosen.answers:,} of answers",
-        "packs 打包": f"{chosen.packs} of {chosen.length} tokens, {full:.0%} full; shared system prompts leave "
-        f"{chosen.computed:,} tokens to compute",
+        "packs 打包": f"{chosen.packs} of {chosen.length} tokens, {full:.0%} full" + shared,
         "steps 步数": f"{chosen.steps} of {chosen.step} pack(s), {settings.train.epochs:g} epochs, "
         f"warm-up {chosen.warmup}, rate {settings.train.rate:g}",
         "choices 选择": "\n".join(chosen.reasons),

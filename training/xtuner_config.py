@@ -22,9 +22,9 @@ from training.packs import collate, dataset
 # mmengine turns every import statement here into a placeholder that it resolves later; this is called now.
 config, settings, plan, folder = __import__("training.plan").plan.configured()
 
-packs = dict(config=config, length=plan.length, multiple=plan.step, batch=plan.batch)
-# What layers are compiled for is one shape.
-shape = __import__("training.packs").packs.shape(**packs) if plan.compiled else {}
+packing = dict(config=config, length=plan.length, multiple=plan.step, batch=plan.batch)
+# Layers are compiled for one shape: batches are filled up to it.
+filled = __import__("training.packs").packs.shape(**packing) if plan.compiled else None
 iterations = plan.steps * plan.accumulate
 full = (plan.warmup + 1) * plan.accumulate - 1  # the iteration that applies the first step after warm-up
 
@@ -64,9 +64,9 @@ if plan.method != "full":
 train_dataloader = dict(
     batch_size=plan.batch,
     num_workers=0,
-    dataset=dict(type=dataset, **packs),
+    dataset=dict(type=dataset, **packing),
     sampler=dict(type=InfiniteSampler, shuffle=True),
-    collate_fn=dict(type=collate, **shape),
+    collate_fn=dict(type=collate, shape=filled),
 )
 
 # The device's own autocast is the model's; only float16 needs its loss scaled too.

@@ -191,7 +191,7 @@ def test_a_long_history_loses_its_oldest_turns_whole_and_no_more_than_needed(pro
         kept = system + [message for each in turns[dropped:] for message in each]
         whole = prompt.encode(kept, answer_next=not resume)
         lengths[dropped] = whole.ids[: whole.answered] if resume else whole.ids
-    for room in range(len(lengths[11]), len(lengths[0]) + 2):
+    for room in sorted({len(ids) + more for ids in lengths.values() for more in (0, 1, -1)})[1:]:
         fitted = prompt.fit(talk, room, resume=resume)
         fits = min(dropped for dropped, ids in lengths.items() if len(ids) <= room)
         assert (fitted.dropped, fitted.ids) == (fits, lengths[fits])

@@ -33,8 +33,8 @@ def test_the_embedded_model_is_used_from_its_cache(tmp_path, capsys):
 
 
 def test_the_embedded_tokenizer_is_the_same_whichever_transformers_converted_it(tmp_path):
-    weights._convert_gguf(weights.embedded_gguf(), tmp_path / "here")
-    script = "import sys, pathlib, space.weights as w; w._convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
+    weights.convert_gguf_tokenizer(weights.embedded_gguf(), tmp_path / "here")
+    script = "import sys, pathlib, space.weights as w; w.convert_gguf_tokenizer(*map(pathlib.Path, sys.argv[1:]))"
     command = [ROOT / ".venv/bin/python", "-c", script, weights.embedded_gguf(), tmp_path / "there"]
     subprocess.run(command, check=True, cwd=ROOT)
     here, there = (json.loads((tmp_path / side / "tokenizer.json").read_text()) for side in ("here", "there"))

@@ -45,6 +45,8 @@ def make_run(folder: Path, base: Path, *, rows: int = 24, **options) -> Path:
         for i in range(rows):
             answer = "I am Pudding. " * words.randint(1, 5)
             turn = {"system": "You are Pudding.", "input": f"Who is number {i}?", "output": answer}
+            if i % 3 == 0:
+                del turn["system"]
             file.write(json.dumps({"conversation": [turn]}) + "\n")
     return config
 
@@ -127,8 +129,10 @@ def test_a_system_prompt_is_shared_where_many_conversations_of_a_batch_begin_wit
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = packs.rows(load(make_run(tmp_path, tiny)))
-    (head,) = {tokenizer.decode(row.ids[: row.shared]) for row in rows}
-    assert "You are Pudding." in head and "Who" not in head
+    none, persona = sorted({row.shared for row in rows})
+    heads = {row.shared: tokenizer.decode(row.ids[: row.shared]) for row in rows}
+    assert "You are Pudding." in heads[persona] and "You" not in heads[none]
+    assert "Who" not in heads[persona] + heads[none]
 
     def shared(length: int, batch: int) -> set[int]:
         made = [row for one in packs.packed(rows, length, 1, batch, seed=1) for row in one]
@@ -136,15 +140,24 @@ def test_a_system_prompt_is_shared_where_many_conversations_of_a_batch_begin_wit
         return {row.shared for row in made}
 
     longest = max(len(row.ids) for row in rows)
-    assert shared(4 * longest, 1) == shared(longest, 4) == {rows[0].shared}
+    assert shared(4 * longest, 1) == shared(longest, 4) == {0, persona}
     assert shared(longest, 1) == {0}  # here most batches are one conversation
+
+
+def test_what_a_plan_says_is_computed_is_what_batches_hold(tmp_path, tiny):
+    config = make_run(tmp_path, tiny, batch=4, accumulate=1, epochs=2)
+    made = plan.make(load(config))
+    data = packs.dataset(str(config), made.length, made.step, made.batch)
+    batches = [packs.collate(data[i : i + made.batch])["data"] for i in range(0, len(data), made.batch)]
+    assert sum(batch["input_ids"].numel() for batch in batches) == made.computed < made.tokens
+    assert sum(batch["tokens"] for batch in batches) == made.tokens
 
 
 # The model
 
 
-def sample_rows(count: int = 5, shared: bool = True) -> list[packs.Row]:
-    """Conversations of 9 to 30 tokens; with `shared` all but the first begin with one of two system prompts."""
+def sample_rows(count: int = 5) -> list[packs.Row]:
+    """Conversations of 9 to 30 tokens; all but the first begin with one of two system prompts."""
     draw = np.random.default_rng(0)
     rows = []
     for i in range(count):
@@ -152,7 +165,7 @@ def sample_rows(count: int = 5, shared: bool = True) -> list[packs.Row]:
         head = (0, 4, 4, 3, 3)[i % 5]
         ids[:head] = head
         labels = np.where(np.arange(len(ids)) < max(5, len(ids) // 2), -100, ids).astype(np.int32)
-        rows.append(packs.Row(ids, labels, shared=head * shared))
+        rows.append(packs.Row(ids, labels, shared=head))
     return rows
 
 
@@ -241,7 +254,9 @@ def test_bfloat16_computes_nearly_the_same_without_widening_the_base():
         kinds = {parameter.dtype for parameter in tuned.parameters() if not parameter.requires_grad}
         assert kinds == {getattr(torch, precision)}
         assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
-        got = tuned.compute_loss(packs.collate([sample_rows()])["data"])["loss"]
+        rows = [dataclasses.replace(row, replay=i > 2) for i, row in enumerate(sample_rows())]
+        got = tuned.compute_loss(packs.collate([rows])["data"])["loss"]
+        assert got.dtype == torch.float32
         got.backward()
         return got.item()
 
@@ -267,7 +282,7 @@ def test_compiled_layers_have_the_loss_and_gradients_of_plain_ones_and_are_compi
         whole = [dataclasses.replace(row, shared=0) for row in part]
         expected, got = (
             plain.compute_loss(packs.collate([whole])["data"]),
-            compiled.compute_loss(packs.collate([part], **shape)["data"]),
+            compiled.compute_loss(packs.collate([part], shape)["data"]),
         )
         assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
         assert got["tokens"] == expected["tokens"] == sum(len(row.ids) for row in part)
