@@ -606,10 +606,10 @@ def test_the_api_streams_the_same_answer_as_the_page(server, visit):
 
 @pytest.mark.parametrize("message", ["refuse me", "crash now please"])
 def test_an_error_through_the_api_is_an_error(server, message):
-    client = Client(server.url, verbose=False)
     with pytest.raises(Exception, match=r"64 visitors|went wrong"):
-        client.predict(message, api_name="/chat")
-    assert client.predict("next", api_name="/chat") == "You said next"
+        Client(server.url, verbose=False).predict(message, api_name="/chat")
+    # Another client: while the first one's stream is still open, it may drop the beginning of its next answer.
+    assert Client(server.url, verbose=False).predict("next", api_name="/chat") == "You said next"
 
 
 def test_only_chat_is_in_the_api(server):
