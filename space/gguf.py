@@ -139,7 +139,7 @@ class GgufEngine(BaseEngine):
         self._context.decode(self._batch)
         found = []
         for position, token in enumerate(ids[1:]):
-            logits = numpy.array(self._context.get_logits_ith(position))
+            logits = numpy.fromiter(self._context.get_logits_ith(position), numpy.float32)
             highest = logits.max()
             found.append(float(highest + numpy.log(numpy.exp(logits - highest).sum()) - logits[token]))
         self._context.memory_seq_rm(slot.index, -1, -1)
