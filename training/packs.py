@@ -156,6 +156,11 @@ def packed(rows: tuple[Row, ...], length: int, multiple: int, batch: int, seed: 
     return [[rows[i] for i in one] for one in spread]
 
 
+def shared_heads(packs: list[list[Row]]) -> dict[bytes, int]:
+    """What rows of these packs share, and how many tokens each of it has."""
+    return {row.head: row.shared for one in packs for row in one}
+
+
 def dataset(config: str, length: int, multiple: int, batch: int) -> list[list[Row]]:
     """What XTuner's data loader reads: packs, each a list of rows. `config`: the settings' path."""
     from space.settings import load
@@ -170,7 +175,7 @@ def shape(config: str, length: int, multiple: int, batch: int) -> dict[str, int]
     Its `tokens`, `sequences` and `keys` to look at, and `longest`: the most tokens in a sequence, of filling too.
     """
     packs = dataset(config, length, multiple, batch)
-    heads = {row.head: row.shared for one in packs for row in one}
+    heads = shared_heads(packs)
     tokens = sum(heads.values()) + batch * max(sum(row.own for row in one) for one in packs)
     return {
         "tokens": tokens,
@@ -192,9 +197,9 @@ def collate(batch: list[list[Row]], shape: dict[str, int] | None = None) -> dict
     learned, kept = [row for row in together if not row.replay], [row for row in together if row.replay]
     of_kept = Counter(row.head for row in kept if row.shared)
     of_learned = dict.fromkeys(row.head for row in learned if row.shared and row.head not in of_kept)
-    weights = [np.full(len(_alone(head).ids), count) for head, count in of_kept.items()]
-    weights += [np.ones(row.own) for row in kept]
+    counts = [*of_kept.values(), *[1] * len(kept)]  # how many rows each sequence stands for
     learned, kept = [*map(_alone, of_learned), *learned], [*map(_alone, of_kept), *kept]
+    weights = np.repeat(np.array(counts, np.float32), np.array([row.own for row in kept], int))
 
     if shape:
         missing, longest = shape["tokens"] - sum(row.own for row in learned + kept), shape["longest"]
@@ -208,7 +213,7 @@ def collate(batch: list[list[Row]], shape: dict[str, int] | None = None) -> dict
         "tokens": torch.tensor(sum(len(row.ids) for row in together)),
         "predictors": torch.from_numpy(answers),
         "targets": torch.from_numpy(labels[answers + 1].astype(np.int64)),
-        "replay": _laid_out(kept) | {"weights": torch.from_numpy(np.concatenate(weights or [[]])).float()},
+        "replay": _laid_out(kept) | {"weights": torch.from_numpy(weights)},
     }
     return {"data": data, "data_samples": None}
 

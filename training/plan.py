@@ -145,7 +145,7 @@ def saved(settings: Settings, made_from: dict) -> Plan | None:
 def make(settings: Settings, world: int = 1) -> Plan:
     """Decide what the settings leave open. Raises NamesakeError when nothing fits, or the data gives no steps."""
     from training import base
-    from training.packs import packed, rows
+    from training.packs import packed, rows, shared_heads
 
     train, data = settings.train, settings.data
     reasons: list[str] = []
@@ -196,8 +196,7 @@ def make(settings: Settings, world: int = 1) -> Plan:
 
     made = packed(all_rows, length, step, batch, train.seed)
     packs = len(made)
-    shared = {row.head: row.shared for one in made for row in one}
-    computed = sum(row.own for one in made for row in one) + packs // batch * sum(shared.values())
+    computed = sum(row.own for one in made for row in one) + packs // batch * sum(shared_heads(made).values())
     steps = round(train.epochs * packs / step)
     if steps < 2:
         raise NamesakeError(

@@ -156,13 +156,15 @@ def visit(browser, profiles, server):
             if not request.url.startswith((url, "data:", "blob:")):
                 outside.append(request)
 
-        viewport = dict(width=size[0], height=size[1])
-        context = profiles[locale].pop() if profiles[locale] else browser.new_context(locale=locale)
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        context = (
+            profiles[locale].pop()
+            if profiles[locale]
+            else browser.new_context(locale=locale, permissions=["clipboard-read", "clipboard-write"])
+        )
         context.on("request", look)
         used.append((locale, context, look))
         page = context.new_page()
-        page.set_viewport_size(viewport)
+        page.set_viewport_size(dict(width=size[0], height=size[1]))
         page.emulate_media(color_scheme="dark" if dark else "light")
         page.goto(url)
         page.locator("#header h1").wait_for()
