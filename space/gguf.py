@@ -186,7 +186,17 @@ class GgufEngine(BaseEngine):
             job.over.set()
 
     def _give_slots(self) -> None:
-        """Ends what was stopped, and gives free slots to waiting jobs: to each the one with most of its prompt."""
+        """Ends what was stopped, and gives free slots to waiting jobs.
+
+        A job gets the slot with most of its prompt, if it uses more than half of what the slot holds: it goes on there.
+        Else it gets the slot that was used longest ago. A system prompt that all share is no reason to take another
+        visitor's conversation from memory.
+        """
+
+        def worth(slot: _Slot, ids: list[int]) -> int:
+            common = _common(slot.tokens, ids)
+            return common if 2 * common > len(slot.tokens) else 0
+
         for slot in self._slots:
             if slot.job and slot.job.run.stop.is_set():
                 self._end(slot)
@@ -198,7 +208,7 @@ class GgufEngine(BaseEngine):
             if job.run.stop.is_set():
                 job.over.set()
                 continue
-            best = max(free, key=lambda slot: (_common(slot.tokens, job.ids), -slot.used))
+            best = max(free, key=lambda slot: (worth(slot, job.ids), -slot.used))
             kept = 0 if job.fresh else min(_common(best.tokens, job.ids), len(job.ids) - 1)
             self._forget(best, kept)
             job.pending = job.ids[kept:]

@@ -111,7 +111,11 @@ def test_a_repetition_penalty_changes_the_answer_as_in_transformers(engine, fold
     assert got == expected != last(engine.stream(ask("Tell me a story"), GREEDY)).text
 
 
-def test_the_next_turn_reads_only_what_is_new(engine, monkeypatch):
+@pytest.mark.parametrize("before", [0, 8])
+def test_the_next_turn_reads_only_what_is_new(file, monkeypatch, before):
+    engine, _, _ = gguf.start(file)
+    for number in range(before):  # slots that are empty, and slots that others have used
+        last(engine.stream(ask(f"Number {number}"), GREEDY))
     kept = []
     forget = engine._forget
     monkeypatch.setattr(engine, "_forget", lambda slot, count: (kept.append(count), forget(slot, count)))
@@ -124,6 +128,7 @@ def test_the_next_turn_reads_only_what_is_new(engine, monkeypatch):
         *ask("And then?")[1:],
     ]
     last(engine.stream(turns, GREEDY))
+    engine.close()
     assert kept[-1] >= first.tokens_in
 
 
