@@ -19,12 +19,13 @@ demo: .venv/ready .venv-training/ready
 	@.venv-training/bin/python -m training all --quick || test $$? = 1
 	@.venv/bin/python app.py --model work/assistant/merged
 
-# Everything that CI checks, each suite with several workers: those of tests/publish mostly wait for other processes.
+# Everything that CI checks, with as many workers as the smallest machine has cores; tests/publish waits for other
+# processes, and has one more.
 test: system .venv/tests .venv-oldest/ready .venv-training/ready
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/python tests/fetch_tokenizers.py
 	@.venv/$(PYTEST) -n 3 tests/space tests/publish --ignore tests/space/test_page.py
-	@.venv-training/$(PYTEST) -n 3 tests/training
+	@.venv-training/$(PYTEST) -n 2 tests/training
 	@$(MAKE) --no-print-directory test-page
 
 # The page in a browser, with the newest Gradio and with ModelScope's (6.2.0).
@@ -72,7 +73,7 @@ python:
 	@touch $@
 
 system:
-	@missing=; for need in chromium:chromium git-lfs:git-lfs fc-list:fontconfig npm:npm; do \
+	@missing=; for need in chromium-headless-shell:chromium-headless-shell git-lfs:git-lfs fc-list:fontconfig npm:npm; do \
 		command -v $${need%%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
 	fc-list :lang=zh 2>/dev/null | grep -q . || missing="$$missing fonts-noto-cjk"; \
 	if [ -n "$$missing" ]; then \

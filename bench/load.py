@@ -113,7 +113,7 @@ def browser(url: str, tokens: int) -> float:
 
     flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium-headless-shell", args=flags)
         page = chromium.new_context(locale="en-US").new_page()
         page.goto(url)
         page.locator("#chat .placeholder h2").wait_for()

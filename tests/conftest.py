@@ -31,16 +31,17 @@ def embedded() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(embedded, tmp_path_factory) -> Path:
-    """A Llama of 2 layers with random weights and SmolLM2's tokenizer: loads in a blink, says nothing sensible."""
-    import shutil
-
+    """A Llama of 2 layers with random weights and a short tokenizer: loads in a blink, says nothing sensible."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests import short_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     config = AutoConfig.from_pretrained(embedded)
     config.update(
         dict(
+            vocab_size=short_tokenizer.SIZE,
             num_hidden_layers=2,
             hidden_size=48,
             intermediate_size=96,
@@ -50,8 +51,12 @@ def tiny(embedded, tmp_path_factory) -> Path:
             max_position_embeddings=512,
         )
     )
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(embedded / name, folder)
+    short_tokenizer.write(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The slow ones first: no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -154,7 +154,7 @@ def in_chromium(address: str, question: str) -> str:
 
     flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium-headless-shell"), args=flags)
         page = browser.new_page(locale="en-US")
         page.goto(address)
         box = page.locator("textarea[data-testid=textbox]").first

@@ -649,7 +649,7 @@ def test_nothing_is_left_after_many_chats_with_stops_errors_and_closed_tabs(serv
     visits(5)
     until(lambda: not answering() and not server.chat._stops, "the first five are over")
     before = threads()
-    visits(10)
+    visits(5)
     until(lambda: not answering(), "a closed tab's answer is stopped")
     until(lambda: not server.chat._stops, "no session is left")
     until(lambda: threads() <= before, f"{threads()} threads, {before} before")

@@ -337,7 +337,9 @@ def test_a_second_process_waits_instead_of_downloading_twice(hub):
     second = download(hub)
     waiting = ""
     while "waiting for it" not in waiting:
-        waiting += second.stderr.readline()
+        line = second.stderr.readline()
+        assert line, waiting
+        waiting += line
     hub.hold.set()
     assert outcome(first)[0] == outcome(second)[0]
     fetched = [path for path in hub.asked if path.endswith("?model.safetensors")]

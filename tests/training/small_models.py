@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import save_file
 
 from space import weights
+from tests import short_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,11 +90,10 @@ def internlm2(folder: Path, *, rope_scaling=None, kv_heads=2, bias=False, form="
 
 
 def llama(folder: Path, dtype=torch.float32, **options):
-    """A small random Llama with the embedded model's tokenizer, as a native folder, and the model itself."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded_folder())
+    """A small random Llama with a short tokenizer of the embedded model's kind, as a native folder, and the model."""
     config = transformers.LlamaConfig(
         **SHAPE,
-        vocab_size=len(tokenizer),
+        vocab_size=short_tokenizer.SIZE,
         rope_theta=50000.0,
         bos_token_id=1,
         eos_token_id=2,
@@ -102,6 +102,6 @@ def llama(folder: Path, dtype=torch.float32, **options):
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(dtype).eval()
-    model.save_pretrained(folder, max_shard_size="2MB")
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="1MB")
+    short_tokenizer.write(folder)
     return model

@@ -11,12 +11,14 @@ from pathlib import Path
 import cyllama.llama.llama_cpp as llama
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from space import gguf, settings
 from space.prompt import Prompt, plain_template, with_persona
 from space.settings import NamesakeError
+from tests import short_tokenizer
 from tests.training import small_models
 from training import evaluate, export, merge, native, record
 
@@ -59,16 +61,17 @@ def internlm2(folder: Path) -> Path:
 
 def llama_of_the_embedded_kind(folder: Path) -> Path:
     model = small_models.llama(folder / "llama", tie_word_embeddings=True)
-    AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(folder / "strong")
+    (folder / "strong").mkdir()
+    short_tokenizer.write(folder / "strong")
     return strong(model, folder / "strong")
 
 
 def qwen2(folder: Path) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(small_models.embedded_folder())
+    shape = small_models.SHAPE | dict(vocab_size=short_tokenizer.SIZE, max_position_embeddings=512)
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**small_models.SHAPE, vocab_size=len(tokenizer), max_position_embeddings=512))
-    tokenizer.save_pretrained(folder / "qwen2")
-    return strong(model, folder / "qwen2")
+    (folder / "qwen2").mkdir()
+    short_tokenizer.write(folder / "qwen2")
+    return strong(Qwen2ForCausalLM(Qwen2Config(**shape)), folder / "qwen2")
 
 
 @pytest.mark.parametrize("kind", [internlm2, llama_of_the_embedded_kind, qwen2])
@@ -86,51 +89,46 @@ def test_llama_cpp_gives_each_token_the_loss_that_transformers_gives_it(tmp_path
     assert who == "同名 / Namesake"
 
 
-@pytest.fixture
-def vocabulary(tmp_path):
-    """A real tokenizer in a GGUF file with hardly any weights: llama.cpp's and transformers' reading of it."""
-
-    def vocabulary(source: Path):
-        size = len(AutoTokenizer.from_pretrained(source))
-        config = dict(
-            model_type="llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-            vocab_size=size, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,
-        )  # fmt: skip
-        small = tmp_path / "small"
-        small.mkdir()
-        (small / "config.json").write_text(json.dumps(config))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(source / name, small)
-        zeros = torch.zeros
-        tensors = {"model.embed_tokens.weight": zeros(size, 32), "model.norm.weight": zeros(32)}
-        layer = {name: zeros(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        tensors |= {f"model.layers.0.self_attn.{name}.weight": value for name, value in layer.items()}
-        tensors |= {f"model.layers.0.mlp.{name}_proj.weight": zeros(32, 32) for name in ("gate", "up", "down")}
-        tensors |= {f"model.layers.0.{name}_layernorm.weight": zeros(32) for name in ("input", "post_attention")}
-        from safetensors.torch import save_file
-
-        save_file(tensors, small / "model.safetensors")
-        folder = merged(small, tmp_path / "merged")
-        export.write(folder, tmp_path / "vocabulary.gguf")
-        model = llama.LlamaModel(str(tmp_path / "vocabulary.gguf"), llama.LlamaModelParams(), verbose=False)
-        return model, AutoTokenizer.from_pretrained(folder)
-
-    return vocabulary
-
-
 def tokenizers() -> list:
     fetched = [pytest.param(CACHE / name, id=name) for name in ("internlm2", "qwen2_5")]
-    return [pytest.param(None, id="smollm2"), *fetched]
+    return [pytest.param(None, id="smollm2"), *fetched, pytest.param("leftovers", id="leftovers of sentencepiece")]
 
 
-@pytest.mark.parametrize("source", [*tokenizers(), pytest.param("leftovers", id="leftovers of sentencepiece")])
-def test_other_clients_cut_text_as_the_model_learned_it(vocabulary, source, tmp_path):
+@pytest.fixture(scope="module", params=tokenizers())
+def vocabulary(request, tmp_path_factory):
+    """A real tokenizer in a GGUF file with hardly any weights: llama.cpp's reading, transformers', and the folder."""
+    tmp_path = tmp_path_factory.mktemp("vocabulary")
+    source = request.param or small_models.embedded_folder()
     if source == "leftovers":  # as transformers 4.48 writes it
         source = Path(shutil.copytree(small_models.embedded_folder(), tmp_path / "source"))
         made = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         made["model"]["byte_fallback"] = True
         (source / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
-    model, tokenizer = vocabulary(source or small_models.embedded_folder())
+    size = len(AutoTokenizer.from_pretrained(source))
+    config = dict(
+        model_type="llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=size, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,
+    )  # fmt: skip
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, small)
+    zeros = torch.zeros
+    tensors = {"model.embed_tokens.weight": zeros(size, 32), "model.norm.weight": zeros(32)}
+    layer = {name: zeros(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    tensors |= {f"model.layers.0.self_attn.{name}.weight": value for name, value in layer.items()}
+    tensors |= {f"model.layers.0.mlp.{name}_proj.weight": zeros(32, 32) for name in ("gate", "up", "down")}
+    tensors |= {f"model.layers.0.{name}_layernorm.weight": zeros(32) for name in ("input", "post_attention")}
+    save_file(tensors, small / "model.safetensors")
+    folder = merged(small, tmp_path / "merged")
+    export.write(folder, tmp_path / "vocabulary.gguf")
+    model = llama.LlamaModel(str(tmp_path / "vocabulary.gguf"), llama.LlamaModelParams(), verbose=False)
+    return model, AutoTokenizer.from_pretrained(folder), folder
+
+
+def test_other_clients_cut_text_as_the_model_learned_it(vocabulary):
+    model, tokenizer, _ = vocabulary
     vocab = model.get_vocab()
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.encode_special_tokens = True
@@ -142,10 +140,9 @@ def test_other_clients_cut_text_as_the_model_learned_it(vocabulary, source, tmp_
     assert vocab.tokenize(said, False, True) == tokenizer(said, add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("source", tokenizers())
-def test_the_file_knows_every_end_token_and_the_persona(vocabulary, source, tmp_path):
-    model, tokenizer = vocabulary(source or small_models.embedded_folder())
-    ends = export.ends(tmp_path / "merged")
+def test_the_file_knows_every_end_token_and_the_persona(vocabulary):
+    model, tokenizer, folder = vocabulary
+    ends = export.ends(folder)
     assert Prompt(tokenizer).end_ids <= set(ends)
     assert all(model.get_vocab().is_eog(token) for token in ends)
     assert model.metadata()["tokenizer.chat_template"] == tokenizer.chat_template
@@ -207,6 +204,7 @@ def test_the_embedded_model_loses_little_by_rounding(tmp_path):
     folder = merged(small_models.embedded_folder(), tmp_path / "merged")
     export.write(folder, tmp_path / "whole.gguf")
     text = evaluate.general_text("en")
+    text = text[: len(text) // 6]
     losses = {}
     for name in ("whole", "q8_0", "q4_k_m"):
         if name != "whole":

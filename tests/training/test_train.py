@@ -505,7 +505,7 @@ def test_out_of_memory_says_what_to_change_and_auto_batch_changes_it(tmp_path, t
     compute = model.Finetune.compute_loss
 
     def little_memory(self, data, data_samples=None):
-        if data["input_ids"].shape[1] > 96:
+        if data["input_ids"].shape[1] > 110:
             raise torch.OutOfMemoryError("not enough")
         return compute(self, data)
 
