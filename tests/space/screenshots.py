@@ -52,7 +52,9 @@ def main() -> None:
                 sys.exit("The page did not start")
             time.sleep(0.5)
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium-headless-shell", args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path="/usr/bin/chromium-headless-shell", args=["--no-sandbox"]
+            )
             for name, (visitor, questions) in PICTURES.items():
                 page = browser.new_context(**visitor).new_page()
                 page.goto(url)
