@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import html
+import importlib.util
+import itertools
 import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -93,6 +96,7 @@ class Chat(gr.ChatInterface):
         # On a GPU there are 64 places at least.
         self._threads = anyio.CapacityLimiter(max(page.concurrency, 64) + page.queue + 8)
         self._stream = _on_zero_gpu(lambda *arguments, **options: loader.engine.stream(*arguments, **options))
+        self._numbers = itertools.count(1)
         self._title = page.title or settings.assistant.name
         self._controls = {
             "system_prompt": gr.Textbox(settings.assistant.system_prompt, lines=3),
@@ -144,9 +148,13 @@ class Chat(gr.ChatInterface):
 
     def _setup_events(self):
         now = dict(queue=False, show_progress="hidden", api_visibility="private")
+        # The number of the answer in the making, 0 for none. The text box follows it: as an output of the answer itself
+        # Gradio would make it anew for every piece, which takes longer than all else.
+        writing = gr.State(0)
+        writing.change(lambda number: gr.update(**(BUSY if number else IDLE)), [writing], [self.textbox], **now)
         answer = dict(
             inputs=[self.chatbot, *self._controls.values()],
-            outputs=[self.chatbot, self.textbox],
+            outputs=[self.chatbot, writing],
             preprocess=False,  # the engine checks the controls, in the visitor's language
             concurrency_limit=None,  # the engine keeps the line, in which each visitor sees a place
             show_progress="hidden",
@@ -279,19 +287,19 @@ class Chat(gr.ChatInterface):
             yield NOTHING
 
     async def _transcripts(self, request, before: list[dict], begun: str, messages: list[dict], controls):
-        """What an answer makes of transcript and text box: `before`, then the answer `begun` as it grows."""
+        """The transcript, `before` and then the answer `begun` as it grows, and the answer's number while it does."""
         if request.session_hash in self._stops:
             yield NOTHING
             return
         stop = self._stops[request.session_hash] = threading.Event()
         try:
-            yield gr.skip(), gr.update(**BUSY)
+            yield gr.skip(), next(self._numbers)
             async with aclosing(self._lines(messages, controls, stop, language(request), resume=bool(begun))) as lines:
                 async for text, note, cut in lines:
                     yield [*before, _assistant(begun + text, note, cut)], gr.skip()
         finally:
             del self._stops[request.session_hash]
-        yield gr.skip(), gr.update(**IDLE)  # from here on the next message is welcome
+        yield gr.skip(), 0  # from here on the next message is welcome
 
     async def _lines(self, messages, controls, stop, tongue, *, resume) -> AsyncIterator[tuple[str, str, bool]]:
         """An answer as the page shows it: text, the note under it, whether it was cut. Errors become notes."""
@@ -461,6 +469,9 @@ def launch(chat: Chat, loader: Loader, host: str, port: int, share: bool = False
         body = {"status": status.state, "model": status.model, "reason": status.reason.en}
         return JSONResponse(body, 200 if status.state in ("warming", "ready") else 503)
 
+    if not importlib.util.find_spec("matplotlib"):
+        # Gradio tries to import it twice for each message. Known to be missing, it is not looked for in all folders.
+        sys.modules["matplotlib"] = None
     assets = Path(__file__).parent
     options = dict(run_history=False) if "run_history" in signature(chat.launch).parameters else {}
     chat.queue(default_concurrency_limit=None).launch(

@@ -133,6 +133,25 @@ def test_stop_stops_the_model_and_gives_the_page_back(server, visit, message, se
     ask(page, "next", "You said next")
 
 
+def test_a_piece_of_an_answer_is_all_that_a_message_carries(server, visit, monkeypatch):
+    """Where a message updates a component Gradio makes it anew: that was half of what a page with many visitors did."""
+    import gradio.blocks
+
+    update, updated = gradio.blocks.postprocess_update_dict, []
+    monkeypatch.setattr(
+        gradio.blocks,
+        "postprocess_update_dict",
+        lambda block, **rest: (updated.append(block), update(block, **rest))[1],
+    )
+    page = visit()
+    before = len(updated)
+    write(page, "long story")
+    expect(bots(page).first).to_contain_text("word60")
+    page.locator(".stop-button").click()
+    idle(page)
+    assert 0 < len(updated) - before < 10  # the first and the last message, for the text box
+
+
 def test_enter_while_an_answer_is_written_keeps_the_text_and_the_stop_button(server, visit):
     page = visit()
     write(page, "long story")
