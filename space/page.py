@@ -151,7 +151,9 @@ class Chat(gr.ChatInterface):
         # The number of the answer in the making, 0 for none. The text box follows it: as an output of the answer itself
         # Gradio would make it anew for every piece, which takes longer than all else.
         writing = gr.State(0)
-        writing.change(lambda number: gr.update(**(BUSY if number else IDLE)), [writing], [self.textbox], **now)
+        followed = writing.change(
+            lambda number: gr.update(**(BUSY if number else IDLE)), [writing], [self.textbox], **now
+        )
         answer = dict(
             inputs=[self.chatbot, *self._controls.values()],
             outputs=[self.chatbot, writing],
@@ -201,6 +203,7 @@ class Chat(gr.ChatInterface):
             event.success(**keep)
         for code, event in left.items():
             event.then(**script(code, [self.chatbot, self._kept]))
+        followed.failure(**idle)
         for event in answers:  # a lost connection ends an event without its `then`
             for code in (idle, keep, script("namesake.reconnect")):
                 event.failure(**code)

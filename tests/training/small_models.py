@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from pathlib import Path
@@ -12,12 +11,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from space import weights
 from tests import short_tokenizer
 
 ROOT = Path(__file__).parents[2]
-
-embedded_folder = functools.cache(weights.embedded_folder)  # also where a test has moved the cache
 
 TEXTS = [
     "Hello, world!",

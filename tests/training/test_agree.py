@@ -12,7 +12,8 @@ import transformers
 from space.engine import Engine, Sampling
 from space.prompt import IGNORED
 from space.settings import load
-from tests.training.small_models import ROOT, SHAPE, embedded_folder
+from tests.short_tokenizer import embedded_folder
+from tests.training.small_models import ROOT, SHAPE
 
 packs = pytest.importorskip("training.packs")
 

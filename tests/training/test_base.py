@@ -14,7 +14,8 @@ import transformers
 from space import weights
 from space.prompt import Prompt
 from space.settings import NamesakeError, load
-from tests.training.small_models import embedded_folder, internlm2, llama
+from tests.short_tokenizer import embedded_folder
+from tests.training.small_models import internlm2, llama
 from training import base, shards
 
 # The embedded model's tokenizer.json, its keys sorted, whichever transformers converted it.

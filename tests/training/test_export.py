@@ -98,9 +98,9 @@ def tokenizers() -> list:
 def vocabulary(request, tmp_path_factory):
     """A real tokenizer in a GGUF file with hardly any weights: llama.cpp's reading, transformers', and the folder."""
     tmp_path = tmp_path_factory.mktemp("vocabulary")
-    source = request.param or small_models.embedded_folder()
+    source = request.param or short_tokenizer.embedded_folder()
     if source == "leftovers":  # as transformers 4.48 writes it
-        source = Path(shutil.copytree(small_models.embedded_folder(), tmp_path / "source"))
+        source = Path(shutil.copytree(short_tokenizer.embedded_folder(), tmp_path / "source"))
         made = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         made["model"]["byte_fallback"] = True
         (source / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
@@ -201,7 +201,7 @@ def test_a_missing_binding_is_told_with_the_command_that_installs_it(run, monkey
 
 @pytest.mark.slow
 def test_the_embedded_model_loses_little_by_rounding(tmp_path):
-    folder = merged(small_models.embedded_folder(), tmp_path / "merged")
+    folder = merged(short_tokenizer.embedded_folder(), tmp_path / "merged")
     export.write(folder, tmp_path / "whole.gguf")
     text = evaluate.general_text("en")
     text = text[: len(text) // 6]
